@@ -1,0 +1,38 @@
+# Two commands matter: `make demo` and `make test`. Each sets up what it needs, on Debian 12 with Python 3.11.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SEED ?= 1
+
+.PHONY: help setup demo seeds test test-fast lint compile micro clean
+help:            ## List the targets
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY)  ## Virtual environment with pinned packages
+$(READY): pyproject.toml constraints.txt scripts/setup.sh
+	bash scripts/setup.sh "$(PYTHON)" $(VENV)
+
+demo: $(READY)   ## Recover the micro example through the compiled pipeline, on this machine
+	$(BIN)/python -m pipelines.local recipes/micro.toml --set seed=$(SEED)
+
+seeds: $(READY)  ## The README's table: the demo's recovery over three seeds
+	$(BIN)/python benchmarks/micro_seeds.py --seeds 1 2 3
+
+test: $(READY) lint  ## Every test, with a real S3 server and a real MLflow server
+	$(BIN)/python -m pytest
+
+test-fast: $(READY)  ## The tests that need no server and take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)   ## Style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+compile: $(READY)  ## Write pipelines/recovery.yaml again
+	$(BIN)/python -m pipelines.compile -o pipelines/recovery.yaml
+
+micro: $(READY)  ## Make the models, prompts and tasks of examples/micro from nothing
+	$(BIN)/python examples/micro/make.py
+
+clean:           ## Remove what the targets above wrote, the environment included
+	rm -rf $(VENV) runs .cache build dist

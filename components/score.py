@@ -1,0 +1,18 @@
+from kfp import dsl
+
+from components import component
+
+
+@component
+def score(score_uri: str, headline: dsl.Output[dsl.Metrics]) -> None:
+    """Let a branch's teacher score the student's answers.
+
+    Args:
+        score_uri: Prefix to write, <round>/score-<branch>.
+        headline: Gap to the teacher and rates.
+    """
+    from camopd.workflow import score
+
+    round_uri, _, branch = score_uri.rpartition("/score-")
+    for name, value in score(round_uri, branch).metrics.items():
+        headline.log_metric(name, value)

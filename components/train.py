@@ -1,0 +1,17 @@
+from kfp import dsl
+
+from components import component
+
+
+@component
+def train(round_uri: str, headline: dsl.Output[dsl.Metrics]) -> None:
+    """Update the student on the selected answers and write its checkpoint.
+
+    Args:
+        round_uri: Prefix of the round.
+        headline: Loss, gap and gradient norms of the round's last step.
+    """
+    from camopd.workflow import train
+
+    for name, value in train(round_uri).metrics.items():
+        headline.log_metric(name, value)

@@ -1,0 +1,36 @@
+"""Compile the pipeline: ``python -m pipelines.compile [--pools pools.toml] [-o pipelines/recovery.yaml]``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from kfp import compiler
+
+from camopd.errors import InputError
+from pipelines.pools import load_pools
+from pipelines.recovery import make_pipeline
+
+COMMITTED = Path(__file__).with_name("recovery.yaml")
+
+
+def compile_pipeline(target: Path, pools: Path | None = None) -> None:
+    """Write the compiled pipeline; the same pools give the same bytes. Raises InputError for a bad pools file."""
+    compiler.Compiler().compile(make_pipeline(load_pools(pools)), str(target))
+
+
+def main(
+    pools: Annotated[Path | None, typer.Option(help="Pools file, such as pipelines/pools.example.toml; none is CPU.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The compiled file.")] = COMMITTED,
+) -> None:
+    """Compile the recovery pipeline for the pools of a cluster."""
+    try:
+        compile_pipeline(output, pools)
+    except InputError as error:
+        raise SystemExit(str(error)) from None
+    print(f"{output}: {output.stat().st_size / 1000:.0f} KB")
+
+
+if __name__ == "__main__":
+    typer.run(main)

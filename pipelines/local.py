@@ -1,0 +1,197 @@
+"""Run a recipe through the compiled pipeline on this machine, with live progress and the result as a table (``make demo``).
+
+``python -m pipelines.local recipes/micro.toml --set seed=2``. KFP runs in a process of its own, whose many words go to a log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from camopd import workflow
+from camopd.errors import CamopdError, InputError, Problem
+from camopd.evaluate import headline_table
+from camopd.outcome import Result, describe, registered, result_of
+from camopd.plan import Plan
+from camopd.recipe.parameters import FORM_FIELDS, ROLE_FIELDS, did_you_mean
+from camopd.store import Store, digest
+from pipelines.board import Board, Tail, clock
+
+CACHE = Path(".cache/pipeline")
+LOG = "pipeline.log"
+REGISTRY = "sqlite:///runs/mlflow.db"
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+KFP_LINE = re.compile(r"\d\d:\d\d:\d\d\.\d+ - [A-Z]+ - ")
+FAILED_TASK = re.compile(r" - ERROR - Task (?P<task>'[^']+') finished with status FAILURE")
+
+
+def run_form(assignments: Sequence[str]) -> dict[str, str | bool]:
+    """``["seed=2"] -> {"method_seed": "2"}``. Raises InputError for what the pipeline's run form has no field for."""
+    fields = {key: field for field, key in FORM_FIELDS.items()}
+    names = [*FORM_FIELDS, *ROLE_FIELDS]
+    pairs = [(fields.get(key, key), value) for key, _, value in (text.partition("=") for text in assignments)]
+    unknown = [Problem(key, "the run form has no such field", did_you_mean(key, names)) for key, _ in pairs if key not in names]
+    if unknown:
+        raise InputError(unknown)
+    return {field: value.lower() == "true" if field == "output_promote" else value for field, value in pairs}
+
+
+def log_folder(run_uri: str) -> Path:
+    """Where the log of a run's pipeline lies: the same for each start; another for the same run under another output."""
+    return CACHE / f"{run_uri.rpartition('/')[2]}-{digest(run_uri).removeprefix('sha256:')[:6]}"
+
+
+# --- Running --------------------------------------------------------------------------------------------------------------
+
+
+def run_pipeline(parameters: Mapping[str, str | bool], folder: Path, board: Board, console: Console) -> bool:
+    """Start KFP's local runner, show how far it is until it ends, and say whether every task succeeded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = folder / "progress.jsonl"
+    progress.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pipelines.runner", json.dumps(parameters), str(folder / "kfp")]
+    environment = {**os.environ, "CAMOPD_PROGRESS": str(progress.absolute()), "PYTHONUNBUFFERED": "1"}
+    with (
+        (folder / LOG).open("w", encoding="utf-8") as log,
+        subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True) as process,
+    ):
+        try:
+            follow(process, Tail(progress), board, console)
+        finally:
+            if process.poll() is None:  # interrupted: the stages are its children and go with it
+                os.killpg(process.pid, signal.SIGTERM)
+    return process.returncode == 0
+
+
+def follow(process: subprocess.Popen[bytes], tail: Tail, board: Board, console: Console) -> None:
+    """Show the board while the process lives: in place on a terminal, else a line for each finished stage."""
+    begun = time.monotonic()
+    live = Live(console=console, transient=True) if console.is_terminal else contextlib.nullcontext()
+    with live as display:
+        while process.poll() is None:
+            for line in tail.read():
+                board.update(line)
+                if display is None and board.finished():
+                    console.print(f"{board.sentence()}  ({board.times(time.monotonic() - begun, time.time())})")
+            if display is not None:
+                display.update(board.picture(time.monotonic() - begun, time.time()))
+            time.sleep(0.2)
+
+
+def last_words(log: str, count: int = 12) -> list[str]:
+    """The last lines that the first failed task wrote, from the local runner's log.
+
+    The tasks that fail after it only refuse to go on without it.
+    """
+    lines = ANSI.sub("", log).splitlines()
+    ends = ((i, found["task"]) for i, line in enumerate(lines) if (found := FAILED_TASK.search(line)))
+    end, task = next(ends, (len(lines), ""))
+    begin = max((i for i, line in enumerate(lines[:end]) if f"Executing task {task}" in line), default=0)
+    words = [line for line in lines[begin:end] if line.strip() and not KFP_LINE.match(line)]
+    return textwrap.dedent("\n".join(words[-count:])).splitlines()
+
+
+# --- Showing --------------------------------------------------------------------------------------------------------------
+
+
+def show(result: Result, plan: Plan, console: Console) -> None:
+    """The table of scores and shares, the gate's decision, and where everything lies."""
+    header, *rows = headline_table(result.evaluation)
+    table = Table(*header, title="Score with 95 % interval")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    decision = result.evaluation["decision"]
+    console.print("Gate:     " + ("passed" if decision["passed"] else "not passed"))
+    for reason in decision["reasons"]:
+        console.print(f"          {reason}")
+    console.print(f"Run:      {plan.run_uri}")
+    console.print(f"Report:   {result.report}")
+    console.print(f"Registry: {registered(result.release)}")
+
+
+def show_failure(log: Path, plan: Plan, store: Store, console: Console) -> None:
+    """What the failed task said last, what the run's own record says, and what to do next."""
+    console.print("Last words of the failed task:")
+    for line in last_words(log.read_text(encoding="utf-8")):
+        console.print(f"  {line}")
+    console.print("\n" + describe(plan.run_uri, succeeded=False, store=store))
+    console.print(f"Log: {log}")
+
+
+def next_commands(recipe: str, seed: int, tracking_uri: str) -> dict[str, str]:
+    """Three commands that one would try next, with what each is for."""
+    here = Path(os.path.relpath(Path(sys.executable).parent))
+    return {
+        f"{here}/mlflow ui --backend-store-uri {tracking_uri}": "learning curves and the registry, in a browser",
+        f"{here}/camopd run {recipe} --set seed={seed + 1}": "another seed, without Kubeflow",
+        f"{here}/python -m pipelines.compile --pools pipelines/pools.example.toml -o gpu.yaml": "for a cluster with GPUs",
+    }
+
+
+# --- The command ----------------------------------------------------------------------------------------------------------
+
+
+def recover(recipe: str, assignments: Sequence[str], console: Console) -> None:
+    """Prepare here, run the pipeline unless all is done, and show the result.
+
+    Raises:
+        CamopdError: the input is bad; nothing was started.
+        typer.Exit: a task failed, which has been shown.
+    """
+    store, begun = Store(), time.monotonic()
+    parameters = run_form(assignments)
+    # The pipeline begins with the same step; here it says at once what is wrong and whether anything is left to do.
+    plan = Plan.load(store, workflow.prepare(recipe, parameters, store=store).uri)
+    result, folder = result_of(plan, store), log_folder(plan.run_uri)
+    if result is not None:
+        console.print("Everything was done already; nothing was run.")
+    else:
+        if not run_pipeline({"input_recipe": recipe, **parameters}, folder, Board(plan.recipe.num_rounds), console):
+            show_failure(folder / LOG, plan, store, console)
+            raise typer.Exit(1)
+        result = result_of(plan, store)
+        console.print(f"Done in {clock(time.monotonic() - begun)}. Log: {folder / LOG}")
+    assert result is not None, "the pipeline succeeded and left no evaluation"
+    show(result, plan, console)
+    console.print("Next:")
+    tracking_uri = plan.recipe.tracking.uri or os.environ["MLFLOW_TRACKING_URI"]
+    for command, purpose in next_commands(recipe, plan.recipe.seed, tracking_uri).items():
+        console.print(f"  {command}\n      {purpose}")
+
+
+def main(
+    recipe: Annotated[str, typer.Argument(help="Recipe: a TOML file or the name of a shipped one.")] = "recipes/micro.toml",
+    set_: Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="A run-form field, or its key.")] = [],  # noqa: B006
+) -> None:
+    """Run a recipe through the compiled pipeline by KFP's local runner. Started again after a stop or a kill, it goes on."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    os.environ.setdefault("MLFLOW_TRACKING_URI", REGISTRY)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        recover(recipe, set_, console)
+    except CamopdError as error:
+        console.print(str(error))
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command goes on from here.")
+        raise typer.Exit(130) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)

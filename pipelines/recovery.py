@@ -1,0 +1,100 @@
+"""The graph: prepare -> [begin -> rollout -> score -> select -> train] x rounds -> evaluate -> promote.
+
+Rounds are a run-time parameter: one loop over the prefixes that ``prepare`` returns, so that the compiled file does not grow.
+Each iteration starts on CPU and lets nothing dear start when the round is done, the run stopped, or the round before is
+missing: KFP goes on with later iterations after a failed one.
+"""
+
+from kfp import dsl
+
+from components.begin import begin
+from components.evaluate import evaluate
+from components.prepare import prepare
+from components.promote import promote
+from components.report_outcome import report_outcome
+from components.rollout import rollout
+from components.score import score
+from components.select import select
+from components.train import train
+from pipelines.pools import Pools
+
+
+def make_pipeline(pools: Pools) -> dsl.base_component.BaseComponent:
+    """The recovery for these pools. A task is one component, placed on one pool, with a name for people."""
+    cpu, inference, training = pools.cpu.place, pools.inference.place, pools.training.place
+
+    @dsl.pipeline(name="camopd-round")
+    def one_round(round_uri: str) -> None:
+        sampled = inference(rollout(round_uri=round_uri)).set_display_name("Rollout: sample the student")
+        # The item names round and branch: inside a loop, nothing but the item is read.
+        with dsl.ParallelFor(items=sampled.outputs["Output"], name="branches") as score_uri:
+            scored = inference(score(score_uri=score_uri)).set_display_name("Score: ask a teacher")
+        selected = cpu(select(round_uri=round_uri)).after(scored).set_display_name("Select: keep the gap mass")
+        training(train(round_uri=round_uri)).after(selected).set_display_name("Train: update the student")
+
+    @dsl.pipeline(name="camopd-recovery", display_name="Recover a domain model's general ability")
+    def recovery(
+        input_domain_model_uri: str = "recipe",
+        input_domain_prompts_uri: str = "recipe",
+        input_general_model_uri: str = "recipe",
+        input_general_prompts_uri: str = "recipe",
+        input_recipe: str = "micro",
+        method_learning_rate: str = "recipe",
+        method_num_rounds: str = "recipe",
+        method_seed: str = "recipe",
+        output_alias: str = "recipe",
+        output_model_name: str = "recipe",
+        output_notes: str = "recipe",
+        output_promote: bool = True,
+        output_uri: str = "recipe",
+    ) -> None:
+        """Give a domain model its lost general ability back and keep its domain (CaMOPD, arXiv:2605.27115).
+
+        A value "recipe" leaves what the recipe says. A run that was stopped goes on when it is started with the same values.
+
+        Args:
+            input_domain_model_uri: The model to recover; a local folder or an s3:// prefix.
+            input_domain_prompts_uri: Prompts of the domain, JSONL.
+            input_general_model_uri: The open model it came from, which teaches general ability.
+            input_general_prompts_uri: General prompts, JSONL.
+            input_recipe: Name of a recipe in the image, or the location of a TOML file.
+            method_learning_rate: Step size, such as 2e-6.
+            method_num_rounds: Times rollout, score, select and train are repeated.
+            method_seed: Seed of sampling and prompt order.
+            output_alias: Alias that moves to the recovered model.
+            output_model_name: Registered model in MLflow.
+            output_notes: Free text kept with the run.
+            output_promote: Off: evaluate and decide, register nothing; on: as the recipe says.
+            output_uri: Folder or s3:// prefix under which the run's own folder is made.
+        """
+        job = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+        outcome = cpu(report_outcome(job=job, output_uri=output_uri, recipe=input_recipe))
+        with dsl.ExitHandler(outcome.set_display_name("Outcome: what happened"), name="recover"):
+            prepared = cpu(
+                prepare(
+                    input_domain_model_uri=input_domain_model_uri,
+                    input_domain_prompts_uri=input_domain_prompts_uri,
+                    input_general_model_uri=input_general_model_uri,
+                    input_general_prompts_uri=input_general_prompts_uri,
+                    job=job,
+                    method_learning_rate=method_learning_rate,
+                    method_num_rounds=method_num_rounds,
+                    method_seed=method_seed,
+                    output_alias=output_alias,
+                    output_model_name=output_model_name,
+                    output_notes=output_notes,
+                    output_promote=output_promote,
+                    output_uri=output_uri,
+                    recipe=input_recipe,
+                )
+            ).set_display_name("Prepare: check the inputs")
+            with dsl.ParallelFor(items=prepared.outputs["Output"], parallelism=1, name="rounds") as round_uri:
+                begun = cpu(begin(round_uri=round_uri)).set_display_name("Begin: may this round start?")
+                with dsl.If(begun.output == "go", name="go"):
+                    work = one_round(round_uri=round_uri).set_display_name("Round").set_caching_options(False)
+            gate = inference(evaluate(rounds=prepared.outputs["Output"]).after(work))
+            gate.set_display_name("Evaluate: before and after")
+            with dsl.If(gate.outputs["Output"] == "pass", name="passed"):
+                cpu(promote(rounds=prepared.outputs["Output"])).set_display_name("Promote: register the model")
+
+    return recovery

@@ -1,0 +1,189 @@
+"""`camopd <verb>`: the seven stages one by one, and the whole. Imports nothing heavy: help must answer at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from camopd import __version__
+from camopd.errors import CamopdError
+
+if TYPE_CHECKING:
+    from camopd.workflow import Done
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+    help="Give a domain language model its lost general ability back, and keep the domain (CaMOPD).",
+)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(help="Recipe: a TOML file, an s3:// URI of one, or a shipped name such as micro.")
+]
+RoundArgument = Annotated[str, typer.Argument(help="Prefix of the round: <run>/rounds/0001, a local folder or s3://.")]
+RunArgument = Annotated[str, typer.Argument(help="Prefix of the run, as printed by prepare: a local folder or s3://.")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a setting, e.g. -s train.learning_rate=1e-5.")
+]
+
+
+def _parameters(assignments: list[str]) -> dict[str, str]:
+    pairs = [assignment.partition("=") for assignment in assignments]
+    wrong = [key for key, sign, _ in pairs if not sign]
+    if wrong:
+        raise typer.BadParameter(f"write KEY=VALUE, not {wrong[0]!r}", param_hint="--set")
+    return {key: value for key, _, value in pairs}
+
+
+def _place(text: str) -> str:
+    """A location as typed in a shell: a relative folder is relative to here."""
+    from camopd.store import check_uri
+
+    return check_uri(text if "://" in text else str(Path(text).absolute()))
+
+
+def _say(done: Done) -> None:
+    for name, value in done.metrics.items():
+        typer.echo(f"  {name:<32} {value:,.6g}")
+    typer.echo(done.uri)
+
+
+@app.command()
+def prepare(recipe: RecipeArgument, set_: SetOption = []) -> None:  # noqa: B006 (typer copies it)
+    """Check every input, give each its content id, tokenise the prompts and write the plan.
+
+    **Reads** the recipe, both models' headers and tokenizers, the prompt files, the evaluation tasks.
+    **Writes** `<output>/<name>-<id>/`: `recipe.json` and `plan/`. Prints the run's prefix. No GPU, no weights loaded.
+
+    Example: `camopd prepare recipes/micro.toml`
+    """
+    from camopd import workflow
+
+    done = workflow.prepare(recipe, _parameters(set_))
+    _say(done)
+
+
+@app.command()
+def rollout(round_uri: RoundArgument) -> None:
+    """Sample the student's answers to the round's prompts.
+
+    **Reads** `plan/` and the checkpoint of the round before. **Writes** `rollout/rollouts.parquet`.
+
+    Example: `camopd rollout runs/micro-0123456789ab/rounds/0001`
+    """
+    from camopd import workflow
+
+    _say(workflow.rollout(_place(round_uri)))
+
+
+@app.command()
+def score(
+    round_uri: RoundArgument,
+    branch: Annotated[str, typer.Option("--branch", "-b", help="Branch whose teacher scores; none means every branch.")] = "",
+) -> None:
+    """Let the teachers say how likely the student's tokens are.
+
+    **Reads** `rollout/` and a teacher. **Writes** `score-<branch>/scored.parquet`.
+
+    Example: `camopd score runs/micro-0123456789ab/rounds/0001 --branch general`
+    """
+    from camopd import workflow
+    from camopd.plan import Plan, run_and_round
+    from camopd.store import Store
+
+    place = _place(round_uri)
+    names = [branch] if branch else [b.name for b in Plan.load(Store(), run_and_round(place)[0]).recipe.branches]
+    for name in names:
+        _say(workflow.score(place, name))
+
+
+@app.command()
+def select(round_uri: RoundArgument) -> None:
+    """Keep the samples that hold most of the teacher-student gap.
+
+    **Reads** `rollout/` and every `score-<branch>/`. **Writes** `select/selection.parquet` and `summary.json`.
+
+    Example: `camopd select runs/micro-0123456789ab/rounds/0001`
+    """
+    from camopd import workflow
+
+    _say(workflow.select(_place(round_uri)))
+
+
+@app.command()
+def train(round_uri: RoundArgument) -> None:
+    """Update the student on the selected samples, in the schedule's order.
+
+    **Reads** the round's other prefixes and the checkpoint before. **Writes** `train/`: a model folder, trainer state,
+    `steps.json`.
+
+    Example: `camopd train runs/micro-0123456789ab/rounds/0001`
+    """
+    from camopd import workflow
+
+    _say(workflow.train(_place(round_uri)))
+
+
+@app.command()
+def evaluate(run_uri: RunArgument) -> None:
+    """Evaluate teacher, before and after with the same settings; decide at the gate; write the report.
+
+    **Reads** the models, the last checkpoint and the tasks. **Writes** `evaluation/<id>/`: `evaluation.json`,
+    `samples.parquet`, `report.html`.
+
+    Example: `camopd evaluate runs/micro-0123456789ab`
+    """
+    from camopd import workflow
+
+    _say(workflow.evaluate(_place(run_uri)))
+
+
+@app.command()
+def promote(run_uri: RunArgument) -> None:
+    """Register the recovered model in MLflow and move the alias, if the gate said yes.
+
+    **Reads** `evaluation/<id>/` and the last checkpoint, every file of which is verified. **Writes**
+    `release/<id>/release.json` and a registry version that points at the weights where they are.
+
+    Example: `camopd promote runs/micro-0123456789ab`
+    """
+    from camopd import workflow
+
+    typer.echo(workflow.promote(_place(run_uri)).document)
+
+
+@app.command()
+def run(recipe: RecipeArgument, set_: SetOption = []) -> None:  # noqa: B006 (typer copies it)
+    """Recover a model: all seven stages in this process. Started again after a stop or a kill, it goes on.
+
+    **Reads** what the recipe names. **Writes** everything under `<output>/<name>-<id>/`.
+
+    Example: `camopd run recipes/micro.toml -s seed=2`
+    """
+    from camopd import workflow
+
+    typer.echo(workflow.run(recipe, _parameters(set_)).document)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Entry point: an error meant for people is one message and exit code 1; anything else is a bug with its traceback."""
+    try:
+        app()
+    except CamopdError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""The recipe: every setting of a recovery, checked before anything is started.
+
+Light imports only (no torch, no kfp): a recipe is read by the command line, by the pipeline's first CPU step and by people's
+own scripts. One frozen model a stage; defaults are the paper's (arXiv:2605.27115) unless a comment says otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from camopd.errors import InputError, Problem
+from camopd.recipe.document import KeyPath, absolute, read_document
+from camopd.recipe.explain import explained
+from camopd.recipe.parameters import AS_IN_RECIPE, apply_parameters
+from camopd.recipe.values import Alias, Float, Int, ModelName, Names, TrackingUri, Uri
+from camopd.store import Store
+
+__all__ = ["AS_IN_RECIPE", "Branch", "Recipe", "cautions", "load_recipe"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Branch(Section):
+    """One teacher with its prompts and its place in the schedule. The method needs two; more are more entries."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,30}$", description="Name in paths, metrics and reports.")
+    role: Literal["recover", "retain"] = Field(description="Whether the gate asks for a gain or for no loss.")
+    teacher: Uri | None = Field(None, description="Model that teaches the branch; none means the frozen student.")
+    prompts: Uri = Field(description="JSONL with `prompt` or `messages` rows, may be gzipped.")
+    tasks: Names = Field((), description="lm-eval tasks whose mean is this branch's score.")
+    steps: Int = Field(1, ge=1, description="Optimiser steps in one cycle of the schedule.")
+    scale: Float = Field(1.0, gt=0, description="Factor r_b on the advantage.")
+    mass: Float = Field(0.8, gt=0, le=1, description="Share rho of the gap mass that selection keeps; 1 keeps all.")
+    score: Literal["absolute", "positive"] = Field("absolute", description="Gap of a token: |A| or max(A, 0).")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _score_by_role(cls, values: Any) -> Any:
+        """A branch to retain looks only at what the student has lost against its teacher (method section 4)."""
+        if isinstance(values, dict) and "score" not in values and values.get("role") == "retain":
+            values = {**values, "score": "positive"}
+        return values
+
+
+class Prompts(Section):
+    """How prompt files become token ids, once, in `prepare`."""
+
+    max_prompt_tokens: Int = Field(4096, ge=1, description="Longest prompt that is kept, in tokens.")
+    overlong: Literal["skip", "truncate_left", "fail"] = Field("skip", description="What happens to a longer one.")
+    max_bad_row_fraction: Float = Field(0.0, ge=0, lt=1, description="Share of unusable rows that is tolerated.")
+    chat_template: Uri | None = Field(None, description="Jinja file used in place of the student's own template.")
+    enable_thinking: bool | None = Field(None, description="Passed to the chat template; none leaves it out.")
+
+
+class Rollout(Section):
+    """Sampling from the student, always at temperature 1 and top-p 1: on-policy."""
+
+    engine: Literal["transformers"] = Field("transformers", description="What samples and scores.")
+    prompts_per_step: Int = Field(512, ge=1, description="Prompts of one optimiser step.")
+    samples_per_prompt: Int = Field(1, ge=1, description="Responses for each prompt.")
+    max_new_tokens: Int = Field(32768, ge=1, description="Longest response, in tokens.")
+    batch_size: Int = Field(64, ge=1, description="Sequences decoded together.")
+    max_length_growth: Float = Field(8.0, gt=1, description="Mean response length against round 1 that stops the run.")
+    max_empty_fraction: Float = Field(0.05, ge=0, le=1, description="Share of empty responses that stops the run.")
+
+
+class Score(Section):
+    """What the teachers say about the student's tokens."""
+
+    signal: Literal["sampled", "topk"] = Field("sampled", description="Log-probability of the sampled token, or top-k.")
+    top_k: Int = Field(8, ge=1, description="Teacher's tokens stored a position, with the mass left over.")
+    floor: Float = Field(1e-3, ge=0, description="Mean gap, nats a token, up to which a batch is rounding: all is kept.")
+    batch_tokens: Int = Field(16384, ge=1, description="Padded tokens in one forward pass.")
+
+
+class Train(Section):
+    """The updates. eps_lo, eps_hi and the optimiser's details are unpublished: the defaults are ours (method section 2)."""
+
+    learning_rate: Float = Field(2e-6, gt=0, description="AdamW step size, constant.")
+    weight_decay: Float = Field(0.0, ge=0, description="AdamW decoupled weight decay.")
+    beta1: Float = Field(0.9, ge=0, lt=1, description="AdamW first-moment decay.")
+    beta2: Float = Field(0.95, ge=0, lt=1, description="AdamW second-moment decay.")
+    max_grad_norm: Float = Field(1.0, gt=0, description="Gradient clip, L2 norm over all parameters.")
+    ratio_low: Float = Field(0.5, ge=0, description="eps_lo: a smaller trainer/engine ratio masks the token.")
+    ratio_high: Float = Field(
+        2.0, gt=0, validate_default=True, description="eps_hi: a larger trainer/engine ratio masks the token."
+    )
+    advantage_clip: Float | None = Field(None, gt=0, description="Clip on |A| in nats (MOPD clips at 5); none is CaMOPD.")
+    batch_tokens: Int = Field(16384, ge=1, description="Padded tokens in one forward and backward pass.")
+    logprob_chunk: Int = Field(1024, ge=1, description="Positions whose logits are alive at once.")
+    max_engine_gap: Float = Field(0.1, gt=0, description="Mean |log p_engine - log p_trainer| that means stale weights.")
+
+    @field_validator("ratio_high")
+    @classmethod
+    def _above_low(cls, high: float, info: ValidationInfo) -> float:
+        low = info.data.get("ratio_low")
+        if low is not None and low >= high:
+            raise ValueError(f"ratio_high {high} must be above ratio_low {low}")
+        return high
+
+
+class Evaluate(Section):
+    """The same harness settings for teacher, before and after."""
+
+    task_dir: Uri | None = Field(None, description="Folder of lm-eval YAML tasks; none means lm-eval's own.")
+    limit: Int | None = Field(None, ge=1, description="Samples a task; none means all.")
+    batch_size: Int = Field(64, ge=1, description="Sequences evaluated together.")
+    curve_points: Int = Field(4, ge=0, description="Rounds between the first and the last that are evaluated, too.")
+    bootstrap: Int = Field(2000, ge=100, description="Resamples behind each interval.")
+    answers: Int = Field(10, ge=0, description="Sample answers before and after shown in the report.")
+
+
+class Gate(Section):
+    """When a recovered model is good enough: both by the lower end of the 95 % interval."""
+
+    min_recovered: Float = Field(0.3, description="Share of the general loss that must be recovered.")
+    min_retained: Float = Field(0.95, ge=0, description="Share of the domain score that must be retained.")
+
+
+class Promote(Section):
+    """Where a passed model goes."""
+
+    enabled: bool = Field(True, description="False: evaluate and decide, register nothing.")
+    model_name: ModelName = Field("camopd-recovered", description="Registered model in MLflow.")
+    alias: Alias = Field("champion", description="Alias that moves to the new version.")
+
+
+class Tracking(Section):
+    """Where runs are logged."""
+
+    uri: TrackingUri | None = Field(None, description="MLflow tracking URI; none means MLFLOW_TRACKING_URI, or no tracking.")
+    experiment: str = Field("camopd", pattern=r"\S", description="MLflow experiment.")
+
+
+class Recipe(Section):
+    """A whole recovery."""
+
+    name: str = Field("recovery", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$", description="First part of the run's folder.")
+    notes: str = Field("", description="Free text kept with the run.")
+    student: Uri = Field(description="The domain model to recover; a frozen copy teaches where a branch names no teacher.")
+    output: Uri = Field("./runs", description="Folder or s3:// prefix under which the run's own folder is made.")
+    seed: Int = Field(0, ge=0, description="Seed of sampling and of prompt order.")
+    num_rounds: Int = Field(30, description="Times rollout, score, select and train are repeated.")
+    cycles_per_round: Int = Field(1, ge=1, description="Cycles of the schedule on the rollouts of one round.")
+    num_threads: Int | None = Field(None, ge=1, description="CPU threads; 1 makes runs bit-identical.")
+    branches: tuple[Branch, ...] = Field(description="At least one to recover; see Branch.")
+    prompts: Prompts = Prompts()
+    rollout: Rollout = Rollout()
+    score: Score = Score()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    gate: Gate = Gate()
+    promote: Promote = Promote()
+    tracking: Tracking = Tracking()
+
+    @field_validator("num_rounds")
+    @classmethod
+    def _at_least_one(cls, number: int) -> int:
+        if number < 1:
+            raise ValueError(f"{number} rounds would train nothing and leave nothing to evaluate; ask for 1 or more")
+        return number
+
+    @field_validator("branches")
+    @classmethod
+    def _consistent(cls, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
+        names = [branch.name for branch in branches]
+        if len(set(names)) != len(names):
+            raise ValueError(f"branch names must differ, got {', '.join(names)}")
+        if not any(branch.role == "recover" for branch in branches):
+            raise ValueError('no branch has role = "recover": there is nothing to recover')
+        return branches
+
+    def branch(self, name: str) -> Branch:
+        """The branch of that name. Raises KeyError with the names that exist."""
+        for branch in self.branches:
+            if branch.name == name:
+                return branch
+        raise KeyError(f"no branch {name!r}; the recipe has {', '.join(b.name for b in self.branches)}")
+
+    def teacher(self, branch: Branch) -> str:
+        """URI of the branch's teacher: its own, or the frozen student."""
+        return branch.teacher or self.student
+
+
+# --- Loading --------------------------------------------------------------------------------------------------------------
+
+
+def load_recipe(source: str | Path, parameters: Mapping[str, Any] | None = None, *, store: Store | None = None) -> Recipe:
+    """Read a recipe, put parameters in place of its values, and check all of it.
+
+    Args:
+        source: TOML text, a TOML file, its s3:// URI, or the name of a recipe in ./recipes. Relative locations (``./x``) in a
+            file are relative to that file, in text and in parameters to the current folder.
+        parameters: values by run-form field (``method_learning_rate``) or dotted key (``branches.general.mass``). The text
+            ``recipe`` leaves the recipe's value alone; every other value is meant, '' and 0 and False included.
+        store: reads an s3:// source.
+
+    Raises:
+        InputError: every problem of the recipe and of the parameters, each with its parameter or its file and line.
+    """
+    document = read_document(source, store or Store())
+    values = _with_absolute_locations(document.values, document.base)
+    values, origins, problems = apply_parameters(values, parameters or {}, Recipe, Branch)
+    values.setdefault("output", Recipe.model_fields["output"].default)
+    values = _with_absolute_locations(values, str(Path.cwd()))
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            path = detail["loc"]
+            where = next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), None)
+            what, fix = explained(detail, _fields_at(path))
+            problems.append(Problem(where or document.where(path, _dotted(path, values)), what, fix))
+        raise InputError(problems) from None
+    if problems:
+        raise InputError(problems)
+    return recipe
+
+
+def cautions(recipe: Recipe) -> tuple[str, ...]:
+    """What is allowed in a recipe but seldom meant, as sentences."""
+    return tuple(
+        f"branches.{branch.name}.teacher: the teacher is the student itself, so there is no gap to close; name another"
+        for branch in recipe.branches
+        if branch.role == "recover" and recipe.teacher(branch) == recipe.student
+    )
+
+
+_LOCATIONS = (("student",), ("output",), ("prompts", "chat_template"), ("evaluate", "task_dir"))
+_BRANCH_LOCATIONS = ("teacher", "prompts")
+
+
+def _with_absolute_locations(values: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """Resolve the relative locations that are there; what is malformed is left for validation to name."""
+    resolved: dict[str, Any] = copy.deepcopy(dict(values))
+    branches = resolved.get("branches")
+    places = [(resolved if len(path) == 1 else resolved.get(path[0]), path[-1]) for path in _LOCATIONS]
+    places += [(entry, key) for entry in (branches if isinstance(branches, list) else []) for key in _BRANCH_LOCATIONS]
+    for table, key in places:
+        if isinstance(table, dict) and isinstance(table.get(key), str):
+            table[key] = absolute(table[key], base)
+    return resolved
+
+
+def _dotted(path: KeyPath, values: Mapping[str, Any]) -> str:
+    """``("branches", 0, "mass") -> branches.general.mass``, by number where the branch has no name."""
+    if len(path) < 2 or path[0] != "branches" or not isinstance(path[1], int):
+        return ".".join(map(str, path))
+    entry = values["branches"][path[1]]
+    name = entry.get("name") if isinstance(entry, dict) else None
+    return ".".join(map(str, ("branches", name or path[1], *path[2:])))
+
+
+def _fields_at(path: KeyPath) -> Mapping[str, FieldInfo]:
+    """The settings of the table that holds the key."""
+    if path[0] == "branches" and len(path) > 1:
+        return Branch.model_fields
+    section = Recipe.model_fields[str(path[0])].annotation if len(path) > 1 else Recipe
+    return section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}

@@ -1,0 +1,1 @@
+"""What `evaluate` is made of: the harness, the intervals, the report."""

@@ -1,0 +1,1 @@
+"""What `prepare` looks at: prompt files, checkpoints, tokenizers, chat templates, evaluation tasks."""

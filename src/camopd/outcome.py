@@ -1,0 +1,176 @@
+"""What became of a run, in words that say what to do next: for the pipeline's exit handler and whoever comes back later.
+
+KFP tells its exit handler only that something failed, so the reason is the run's own record: ``stop.json`` when the run stopped
+itself, ``error.json`` when a stage raised, and the manifests for what is finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from camopd import plan as layout
+from camopd.config import load_recipe
+from camopd.errors import CamopdError, UnhealthyRunError
+from camopd.evaluate import EVALUATION, REPORT, evaluation_uri
+from camopd.plan import Plan
+from camopd.promote import release_uri
+from camopd.rounds import record_stop, stop_reason
+from camopd.store import Store, join
+
+AGAIN = "Start it again with the same values: finished stages are not done twice."
+
+
+class Recorded(contextlib.AbstractContextManager[None]):
+    """Writes down why a stage failed, and lets it fail.
+
+    Args:
+        run_uri: the run's prefix, which takes ``error.json``.
+        stage: one of the seven words.
+        output_uri: prefix that the stage writes; once it is finished, the record is out of date.
+        store: where to write.
+        round_number: the round, where the stage belongs to one: an unhealthy one stops the run.
+    """
+
+    def __init__(self, run_uri: str, *, stage: str, output_uri: str, store: Store, round_number: int = 0) -> None:
+        self._run_uri, self._stage, self._output_uri, self._store = run_uri, stage, output_uri, store
+        self._round_number = round_number
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            return
+        # An unexpected error's text may quote data, so that only our own sentences are kept.
+        reason = str(error) if isinstance(error, CamopdError) else f"{type(error).__name__}, see the log of this step"
+        record = {"stage": self._stage, "output": self._output_uri, "reason": reason, "time": time.time()}
+        with contextlib.suppress(CamopdError, OSError):  # what fails may be the store itself
+            self._store.write(error_uri(self._run_uri), json.dumps(record, indent=1, ensure_ascii=False).encode())
+        if isinstance(error, UnhealthyRunError) and self._round_number:
+            record_stop(self._run_uri, stage=self._stage, round_number=self._round_number, reason=str(error), store=self._store)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run has to show.
+
+    Attributes:
+        evaluation: content of evaluation.json.
+        report: location of report.html.
+        release: content of release.json; None when the gate said no and promotion was not asked.
+    """
+
+    evaluation: Mapping[str, Any]
+    report: str
+    release: Mapping[str, Any] | None
+
+
+def result_of(plan: Plan, store: Store) -> Result | None:
+    """The result of a run whose every stage is done for the recipe as it is now, else None."""
+    if store.manifest(layout.checkpoint_uri(plan.rounds[-1])) is None:
+        return None
+    uri = evaluation_uri(plan, store)
+    if store.manifest(uri) is None:
+        return None
+    evaluation, report = json.loads(store.read(join(uri, EVALUATION))), join(uri, REPORT)
+    released = join(release_uri(plan, store), "release.json")
+    if store.stat(released) is None:
+        return None if evaluation["decision"]["passed"] else Result(evaluation, report, None)
+    return Result(evaluation, report, json.loads(store.read(released)))
+
+
+def registered(release: Mapping[str, Any] | None) -> str:
+    """A sentence on what promotion did."""
+    if release is None:
+        return "nothing, for the gate said no"
+    if release["version"] is None:
+        return f"nothing ({release['status']}: {'; '.join(release['reasons'])})"
+    return f"{release['model_name']} version {release['version']}, alias {release['alias']} ({release['status']})"
+
+
+def error_uri(run_uri: str) -> str:
+    return join(run_uri, "error.json")
+
+
+def job_uri(recipe: str, output_uri: str, job: str) -> str:
+    """Where ``prepare`` leaves word, for the exit handler, of what the pipeline run ``job`` is about.
+
+    Both know the recipe and the output alone to find it by, since other values may be what is wrong. Raises InputError.
+    """
+    return join(load_recipe(recipe, {"output_uri": output_uri}).output, "jobs", f"{job}.json")
+
+
+@contextlib.contextmanager
+def job_record(recipe: str, output_uri: str, job: str, *, store: Store) -> Iterator[dict[str, str]]:
+    """Give a record to fill with ``run``; on an error of ours it gets the ``reason``. Written when there is a job to name."""
+    record: dict[str, str] = {}
+    try:
+        yield record
+    except CamopdError as error:
+        record["reason"] = str(error)
+        raise
+    finally:
+        if job and record:
+            with contextlib.suppress(CamopdError, OSError):  # no output to write to: the exit handler finds the same reason
+                store.write(job_uri(recipe, output_uri, job), json.dumps(record, indent=1, ensure_ascii=False).encode())
+
+
+def describe_job(recipe: str, output_uri: str, job: str, *, succeeded: bool, store: Store) -> str:
+    """Markdown on the pipeline run ``job``, also when ``prepare`` failed and there is no run folder.
+
+    Args:
+        recipe: as given to the run form.
+        output_uri: as given to the run form.
+        job: id of the pipeline run.
+        succeeded: whether all its tasks did.
+        store: where the records lie.
+    """
+    try:
+        record = _read(job_uri(recipe, output_uri, job), store)
+    except CamopdError as error:
+        record = {"reason": str(error)}
+    if "run" in record:
+        return describe(record["run"], succeeded=succeeded, store=store)
+    reason = record.get("reason", "prepare left no word; read the log of its task")
+    return _page("failed in prepare", {"Reason": reason, "Next": "Mend what is named and start it again; nothing was spent."})
+
+
+def describe(run_uri: str, *, succeeded: bool, store: Store) -> str:
+    """Markdown on a run: how it ended, where it stands, and what to do next."""
+    plan = Plan.load(store, run_uri)
+    lines = {"Run": f"`{run_uri}`", "Rounds finished": f"{_rounds_finished(plan, store)} of {plan.recipe.num_rounds}"}
+    stopped = stop_reason(run_uri, store=store)
+    if stopped is not None:
+        remedy = f"Change the setting that the reason names; to try again as it is, remove `{layout.stop_uri(run_uri)}`."
+        return _page("stopped itself", lines | {"Reason": stopped, "Next": remedy})
+    if succeeded:
+        return _page("finished", lines | _conclusion(plan, store))
+    record = _read(error_uri(run_uri), store)
+    if record and store.manifest(record["output"]) is None:
+        lines |= {"Where": f"`{record['output']}`", "Reason": record["reason"], "Next": f"Mend what the reason names. {AGAIN}"}
+        return _page(f"failed in {record['stage']}", lines)
+    return _page("was cut off", lines | {"Reason": "no stage left word: killed, evicted or out of memory", "Next": AGAIN})
+
+
+def _conclusion(plan: Plan, store: Store) -> dict[str, str]:
+    found = result_of(plan, store)
+    if found is None:
+        return {}
+    verdict = "passed" if found.evaluation["decision"]["passed"] else "not passed"
+    reasons = "; ".join(found.evaluation["decision"]["reasons"])
+    return {"Gate": f"{verdict} ({reasons})", "Report": f"`{found.report}`", "Registry": registered(found.release)}
+
+
+def _rounds_finished(plan: Plan, store: Store) -> int:
+    return sum(store.manifest(layout.checkpoint_uri(uri)) is not None for uri in plan.rounds)
+
+
+def _read(uri: str, store: Store) -> dict[str, str]:
+    return json.loads(store.read(uri)) if store.stat(uri) is not None else {}
+
+
+def _page(title: str, lines: dict[str, str]) -> str:
+    return "\n\n".join([f"## The recovery {title}", *(f"**{name}:** {text}" for name, text in lines.items())]) + "\n"

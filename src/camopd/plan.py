@@ -1,0 +1,146 @@
+"""The run's folder: where each thing lies, and the plan that every stage reads.
+
+<output>/<name>-<id>/            the run: the id is made of what shapes the weights, so the same wish finds the same run
+    recipe.json                  the recipe as last asked for (rounds, evaluation, gate and promotion may change)
+    plan/                        plan.json, prompts-<branch>.parquet: written once by prepare
+    rounds/0001/                 one round; its prefix is what the pipeline's loop passes around
+        rollout/ score-<branch>/ select/ train/      train/ is the checkpoint: a model folder with trainer state
+    evaluation/<id>/             scores, samples, report.html, decision
+    release/<id>/                what promote did
+    stop.json                    why the run stopped itself, if it did
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from camopd.config import Branch, Recipe
+from camopd.store import Store, digest, join, parent
+
+
+def plan_uri(run_uri: str) -> str:
+    return join(run_uri, "plan")
+
+
+TEMPLATE = "chat_template.jinja"  # in the plan: the template that rendered the prompts
+
+
+def prompts_file(branch: str) -> str:
+    return f"prompts-{branch}.parquet"
+
+
+def round_uri(run_uri: str, number: int) -> str:
+    """Prefix of round ``number``, counted from 1."""
+    return join(run_uri, "rounds", f"{number:04d}")
+
+
+def run_and_round(uri: str) -> tuple[str, int]:
+    """The run's prefix and the round's number of a round's prefix. Raises ValueError on any other prefix."""
+    name, above = uri.rstrip("/").rpartition("/")[2], parent(uri)
+    if not name.isdigit() or not above.endswith("/rounds"):
+        raise ValueError(f"{uri!r} is not a round; the form is <run>/rounds/0001")
+    return parent(above), int(name)
+
+
+def rollout_uri(round_uri: str) -> str:
+    return join(round_uri, "rollout")
+
+
+def score_uri(round_uri: str, branch: str) -> str:
+    return join(round_uri, f"score-{branch}")
+
+
+def select_uri(round_uri: str) -> str:
+    return join(round_uri, "select")
+
+
+def checkpoint_uri(round_uri: str) -> str:
+    return join(round_uri, "train")
+
+
+def stop_uri(run_uri: str) -> str:
+    return join(run_uri, "stop.json")
+
+
+def training_config(recipe: Recipe, content_ids: dict[str, str]) -> dict[str, Any]:
+    """What shapes the weights, with locations replaced by content ids. Its digest names the run."""
+    config = recipe.model_dump(
+        mode="json", include={"seed", "cycles_per_round", "num_threads", "prompts", "rollout", "score", "train"}
+    )
+    config["student"] = content_ids["student"]
+    config["prompts"]["chat_template"] = content_ids.get("chat_template")
+    config["branches"] = [
+        branch.model_dump(mode="json", exclude={"tasks", "role"})
+        | {"teacher": content_ids[f"teacher/{branch.name}"], "prompts": content_ids[f"prompts/{branch.name}"]}
+        for branch in recipe.branches
+    ]
+    return config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What prepare found out, and the recipe it belongs to.
+
+    Attributes:
+        run_uri: the run's prefix.
+        recipe: the recipe as last asked for.
+        content_ids: identity of ``student``, ``teacher/<branch>``, ``prompts/<branch>`` and, where set, ``chat_template``.
+        vocab_size: token ids 0 .. vocab_size - 1 are shared by the tokenizer and all models; the rest is masked everywhere.
+        eos_ids: token ids that end a response.
+        pad_id: token id that fills a batch.
+        num_prompts: accepted prompts by branch.
+        template_id: digest of the chat template and its switches; a stage that finds another refuses to start.
+        warnings: sentences for the report.
+    """
+
+    run_uri: str
+    recipe: Recipe
+    content_ids: dict[str, str]
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    num_prompts: dict[str, int]
+    template_id: str
+    warnings: tuple[str, ...] = field(default_factory=tuple)
+
+    def to_json(self) -> str:
+        """The part that never changes in a run: everything but the recipe and the place."""
+        record = {k: v for k, v in asdict(self).items() if k not in ("run_uri", "recipe")}
+        return json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def load(cls, store: Store, run_uri: str) -> Plan:
+        """Read the plan of a prepared run. Raises StoreError when it was not prepared."""
+        store.require(plan_uri(run_uri))
+        record = json.loads(store.read(join(plan_uri(run_uri), "plan.json")))
+        recipe = Recipe.model_validate_json(store.read(join(run_uri, "recipe.json")))
+        tuples = {name: tuple(record[name]) for name in ("eos_ids", "warnings")}
+        return cls(run_uri=run_uri, recipe=recipe, **{**record, **tuples})
+
+    @property
+    def rounds(self) -> list[str]:
+        """The prefix of each round, in order."""
+        return [round_uri(self.run_uri, number) for number in range(1, self.recipe.num_rounds + 1)]
+
+    @property
+    def steps_per_cycle(self) -> int:
+        return sum(branch.steps for branch in self.recipe.branches)
+
+    @property
+    def steps_per_round(self) -> int:
+        """Optimiser steps in one round."""
+        return self.steps_per_cycle * self.recipe.cycles_per_round
+
+    def student_uri(self, number: int) -> str:
+        """The checkpoint that round ``number`` starts from: the domain model, or the round before."""
+        return self.recipe.student if number == 1 else checkpoint_uri(round_uri(self.run_uri, number - 1))
+
+    def teacher_uri(self, branch: Branch) -> str:
+        return self.recipe.teacher(branch)
+
+
+def run_id(recipe: Recipe, content_ids: dict[str, str]) -> str:
+    """``<name>-<12 hex digits>``: the same content and settings give the same id wherever they lie."""
+    return f"{recipe.name}-{digest(training_config(recipe, content_ids)).removeprefix('sha256:')[:12]}"

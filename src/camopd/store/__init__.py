@@ -1,0 +1,294 @@
+"""Local folders and s3:// prefixes behind one small interface, and what makes a prefix finished.
+
+A stage writes one prefix and its ``manifest.json`` last; a prefix without a manifest does not exist. Nothing that lies in a
+store is ever deleted, and names that begin with a dot (``.git``, ``.cache``, half-written files) are nobody's content.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from camopd import __version__
+from camopd.errors import MissingError, StoreError
+from camopd.store.local import LocalBackend, content_of, local_path, scratch
+from camopd.store.manifest import MANIFEST, FileInfo, Manifest, canonical, content_id_of, digest, sha256_file
+from camopd.store.uris import check_uri, is_s3, join, parent
+
+__all__ = [
+    "MANIFEST",
+    "Backend",
+    "FileInfo",
+    "Manifest",
+    "Store",
+    "canonical",
+    "check_uri",
+    "content_id_of",
+    "digest",
+    "is_s3",
+    "join",
+    "parent",
+    "sha256_file",
+]
+
+_BLOCK = 64 << 20  # bytes read at once where a whole file need not be in memory
+_FILE, _FOLDER = "file", "folder"  # in place of a stage's name in the manifest of what came from elsewhere
+
+
+class Backend(Protocol):
+    """What a kind of store must offer. URIs are normalised by ``check_uri`` before they come here.
+
+    Whatever goes wrong is a StoreError whose sentence names the URI and what to do.
+    """
+
+    def stat(self, uri: str) -> FileInfo | None:
+        """The file of exactly this URI, or None."""
+
+    def list(self, uri: str) -> Sequence[FileInfo]:
+        """The content below the prefix, sorted by name: no hidden names, not its own manifest, nothing of ``domain-ab/``."""
+
+    def read(self, uri: str, start: int = 0, length: int | None = None) -> bytes:
+        """Bytes of a file from ``start`` on, fewer than ``length`` at its end. Raises MissingError."""
+
+    def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Write a small file in one piece; False when it was there and ``if_absent`` was asked for."""
+
+    def download(self, uri: str, path: Path) -> None:
+        """Get a file of any size to a local path."""
+
+    def publish(self, folder: Path, uri: str) -> bool:
+        """Make the prefix from all files of a folder, its manifest last; they may be moved. False: it was finished already."""
+
+
+class Store:
+    """Reads and writes by URI, local or s3://, and knows what a finished prefix is.
+
+    Args:
+        s3: what answers for s3:// URIs; none means ``camopd.store.s3.S3Backend``, made when the first such URI is used.
+        cache: folder of downloads; none means CAMOPD_CACHE, else ``camopd`` in the user's cache folder. It may be removed
+            whenever no stage is at work.
+    """
+
+    def __init__(self, *, s3: Backend | None = None, cache: Path | None = None) -> None:
+        self._local = LocalBackend()
+        self._s3 = s3
+        self._cache = cache or _default_cache()
+
+    def _backend(self, uri: str) -> Backend:
+        if not is_s3(uri):
+            return self._local
+        if self._s3 is None:
+            from camopd.store.s3 import S3Backend  # here, since boto3 takes 135 ms to import
+
+            self._s3 = S3Backend()
+        return self._s3
+
+    def stat(self, uri: str) -> FileInfo | None:
+        """The file of exactly this URI, or None."""
+        return self._backend(uri).stat(uri)
+
+    def list(self, uri: str) -> Sequence[FileInfo]:
+        """The content below the prefix, sorted by name: without its own manifest and without hidden names."""
+        return self._backend(uri).list(uri)
+
+    def read(self, uri: str, start: int = 0, length: int | None = None) -> bytes:
+        """Bytes of a file. Raises MissingError when there is none."""
+        return self._backend(uri).read(uri, start, length)
+
+    def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Write a small file in one piece; False when it was there and ``if_absent`` was asked for."""
+        return self._backend(uri).write(uri, data, if_absent=if_absent)
+
+    def manifest(self, uri: str) -> Manifest | None:
+        """The manifest of a finished prefix, or None: then the prefix does not exist. Raises StoreError for a broken one."""
+        place = join(uri, MANIFEST)
+        try:
+            return Manifest.from_json(self.read(place))
+        except MissingError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise StoreError(f"{place} is broken ({error}); restore it, or remove {uri} to have it made again") from error
+
+    def require(self, uri: str) -> Manifest:
+        """The manifest of a prefix that must be finished. Raises StoreError that names the missing one."""
+        manifest = self.manifest(uri)
+        if manifest is None:
+            raise StoreError(f"{uri} is not finished (it has no {MANIFEST}); run the stage that writes it first")
+        return manifest
+
+    def content_id(self, uri: str) -> str:
+        """Identity of a file or a prefix: by its manifest, else by names, sizes and sha256 (local) or ETags (S3).
+
+        Raises MissingError when nothing is there.
+        """
+        return self._described(uri).content_id
+
+    def _described(self, uri: str) -> Manifest:
+        """The manifest of a finished prefix, or one made up for a file or folder that came from elsewhere."""
+        file = self.stat(uri)
+        manifest = None if file else self.manifest(uri)
+        if manifest is not None:
+            return manifest
+        files = [self._known(uri, file)] if file else self.list(uri)
+        if not files:
+            raise MissingError(f"{uri}: nothing is there; check its spelling")
+        if not is_s3(uri):
+            root = local_path(uri)
+            files = [replace(f, sha256=sha256_file(root if file else root / f.name)) for f in files]
+        return Manifest(_FILE if file else _FOLDER, content_id_of(files), tuple(files))
+
+    def _known(self, uri: str, file: FileInfo) -> FileInfo:
+        """The file with the sha256 that the manifest beside it tells, if there is one and it may be read."""
+        with contextlib.suppress(StoreError):
+            manifest = self.manifest(parent(uri))
+            for known in manifest.files if manifest else ():
+                if (known.name, known.size) == (file.name, file.size):
+                    return known
+        return file
+
+    def verify(self, uri: str, *, deep: bool = False) -> Sequence[str]:
+        """What differs between a finished prefix and its manifest: missing files and sizes, with ``deep`` also sha256."""
+        manifest = self.require(uri)
+        present = {f.name: f for f in self.list(uri)}
+        wrong = []
+        for want in manifest.files:
+            have, place = present.get(want.name), join(uri, want.name)
+            if have is None:
+                wrong.append(f"{place} is missing")
+            elif have.size != want.size:
+                wrong.append(f"{place} has {have.size} bytes, its manifest says {want.size}")
+            elif deep and self._sha256(place, have.size) != want.sha256:
+                wrong.append(f"{place} has another sha256 than its manifest says")
+        return wrong
+
+    def _sha256(self, uri: str, size: int) -> str:
+        """Of what lies in the store now, so not by way of the cache."""
+        hasher = hashlib.sha256()
+        for start in range(0, size, _BLOCK):
+            hasher.update(self.read(uri, start, _BLOCK))
+        return hasher.hexdigest()
+
+    def fetch(self, uri: str) -> Path:
+        """A local path with the file's or the prefix's content: itself when local, else a verified copy in the cache.
+
+        Raises StoreError when nothing is there, or when sizes or sha256 differ from the manifest (a download is tried twice).
+        """
+        if is_s3(uri):
+            return self._fetch_remote(uri)
+        if not local_path(uri).exists():
+            raise MissingError(f"{uri}: there is no such file or folder; check its spelling")
+        if self.manifest(uri) is not None and (wrong := self.verify(uri)):
+            raise StoreError(f"{uri} is damaged: {'; '.join(wrong)}; remove it to have it made again")
+        return local_path(uri)
+
+    def _fetch_remote(self, uri: str) -> Path:
+        """Copies lie under their content id and are prefixes like others: one without a manifest does not exist."""
+        wanted = self._described(uri)
+        is_file = wanted.stage == _FILE
+        place = self._cache / content_id_of(wanted.files).removeprefix("sha256:")  # the manifest's own word may be anything
+        if self.manifest(str(place)) is not None and self.verify(str(place)):
+            shutil.rmtree(place)  # a cleaner of old files was here
+        if self.manifest(str(place)) is None:
+            with scratch(self._cache) as folder:
+                for file in wanted.files:
+                    self._download(uri if is_file else join(uri, file.name), file, folder / file.name)
+                if self._described(uri) != wanted:
+                    raise StoreError(f"{uri} changed while it was downloaded; start again when nobody writes there")
+                (folder / MANIFEST).write_text(wanted.to_json(), encoding="utf-8")
+                self._local.publish(folder, str(place))
+        return place / wanted.files[0].name if is_file else place
+
+    def _download(self, uri: str, file: FileInfo, target: Path) -> None:
+        """Get one file and compare it with what is known of it; a copy that differs is fetched once more."""
+        if not {"", ".", ".."}.isdisjoint(file.name.split("/")):
+            raise StoreError(f"{uri} cannot be a file below a folder; rename the object")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(2):
+            self._backend(uri).download(uri, target)
+            size = target.stat().st_size
+            if size == file.size and file.sha256 in ("", sha256_file(target)):
+                return
+            target.unlink()
+        found = f"{size} bytes, not {file.size}" if size != file.size else "another sha256 than its manifest says"
+        raise StoreError(f"{uri} was downloaded twice and has {found}; have it written again")
+
+    def produce(
+        self,
+        uri: str,
+        *,
+        stage: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        write: Callable[[Path], Mapping[str, Any]],
+    ) -> Manifest:
+        """Make the prefix by ``write(folder) -> metrics`` unless it is finished already; the manifest goes last.
+
+        A killed attempt leaves no manifest, so the next one starts the stage again; a finished one is returned at once. When
+        two make the same prefix at once, the first to finish counts, and both return its manifest.
+
+        Args:
+            uri: the prefix the stage writes.
+            stage: its name, one of the seven words.
+            config: the settings that shape the content.
+            inputs: content id of each input.
+            write: fills an empty local folder and returns the headline numbers (they are not part of the content).
+
+        Raises:
+            StoreError: the prefix was made from other inputs or another configuration.
+        """
+        config, inputs = canonical(config), canonical(inputs)
+        done = self._finished(uri, stage, config, inputs)
+        if done is not None:
+            return done
+        with scratch(self._cache if is_s3(uri) else local_path(uri).parent) as folder:
+            begun = time.monotonic()
+            metrics = canonical(write(folder))
+            files = tuple(FileInfo(name, path.stat().st_size, sha256_file(path)) for name, path in content_of(folder))
+            manifest = Manifest(
+                stage=stage,
+                content_id=content_id_of(files),
+                files=files,
+                config=config,
+                inputs=inputs,
+                metrics=metrics,
+                seconds=round(time.monotonic() - begun, 3),
+                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                software={"camopd": __version__, "python": platform.python_version()},
+            )
+            (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+            if self._backend(uri).publish(folder, uri):
+                return manifest
+        return self._finished(uri, stage, config, inputs) or self.require(uri)
+
+    def _finished(self, uri: str, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Manifest | None:
+        """The manifest of the prefix when it is finished and was made by just this. Raises StoreError when not."""
+        done = self.manifest(uri)
+        if done is None:
+            if self.stat(join(uri, MANIFEST)) is not None:
+                raise StoreError(f"{join(uri, MANIFEST)} was not written by a stage of ours; choose another output")
+            return None
+        asked, made = _made_by(stage, config, inputs), _made_by(done.stage, done.config, done.inputs)
+        if asked != made:
+            names = ", ".join(sorted(key for key in asked.keys() | made.keys() if asked.get(key) != made.get(key)))
+            raise StoreError(f"{uri} was made with another {names}; remove it or choose another output")
+        return done
+
+
+def _made_by(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
+    flat = {f"config.{key}": value for key, value in config.items()} | {f"inputs.{key}": value for key, value in inputs.items()}
+    return {"stage": stage, **flat}
+
+
+def _default_cache() -> Path:
+    if chosen := os.environ.get("CAMOPD_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "camopd"

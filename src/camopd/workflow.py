@@ -1,0 +1,211 @@
+"""A stage and what belongs to it: a record when it fails, and tracking. The components and the command line call these.
+
+The stages themselves know neither MLflow nor Kubeflow. Tracking follows the store (camopd.tracking), so a server that is down
+costs a log line here and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from camopd import outcome as outcomes
+from camopd import plan as layout
+from camopd import rounds
+from camopd.config import load_recipe
+from camopd.errors import UnhealthyRunError
+from camopd.outcome import Recorded
+from camopd.plan import Plan
+from camopd.recipe.parameters import AS_IN_RECIPE
+from camopd.store import Store, join
+
+if TYPE_CHECKING:
+    from camopd.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a finished stage has to show.
+
+    Attributes:
+        uri: the prefix it wrote; the run's own for prepare.
+        metrics: headline numbers, all finite.
+        document: the page for people: settings (prepare), report (evaluate), release (promote).
+        rounds: prefix of each round (prepare).
+        score_uris: one prefix a branch for the teachers' scores (rollout).
+        decision: "pass" or "fail" (evaluate).
+        release: name, version, alias and status (promote).
+    """
+
+    uri: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    document: str = ""
+    rounds: list[str] = field(default_factory=list)
+    score_uris: list[str] = field(default_factory=list)
+    decision: str = ""
+    release: Mapping[str, Any] = field(default_factory=dict)
+
+
+def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers; KFP's Metrics take nothing else."""
+    return {name: float(v) for name, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}
+
+
+# --- Stages ---------------------------------------------------------------------------------------------------------------
+
+
+def prepare(recipe: str, parameters: Mapping[str, Any] | None = None, *, job: str = "", store: Store | None = None) -> Done:
+    """Load the recipe, run every check, write the plan, remember where the alias points, and start tracking.
+
+    Args:
+        recipe: name, path, URI or text of the recipe.
+        parameters: values from a run form or the command line that go before the recipe's.
+        job: id of the pipeline run; ``outcome`` finds this recovery by it.
+        store: where to read and write.
+
+    Raises:
+        InputError: every problem of recipe, parameters and inputs, at once.
+    """
+    from camopd import prepare as stage
+    from camopd import tracking
+
+    store, parameters = store or Store(), parameters or {}
+    with outcomes.job_record(recipe, parameters.get("output_uri", AS_IN_RECIPE), job, store=store) as record:
+        plan = stage.run(load_recipe(recipe, parameters), store=store)
+        record["run"] = plan.run_uri
+    tracker = tracking.tracker_for(plan.recipe.tracking)
+    tracking.alias_snapshot(plan.run_uri, store=store, tracker=tracker)
+    tracking.sync(plan.run_uri, store=store, tracker=tracker)
+    plan_uri = layout.plan_uri(plan.run_uri)
+    settings = store.read(join(plan.run_uri, "settings.md")).decode()
+    return Done(plan.run_uri, headline(store.require(plan_uri).metrics), settings, rounds=plan.rounds)
+
+
+def begin(round_uri: str, *, store: Store | None = None) -> str:
+    """``go``, ``done`` or ``stop``. See ``camopd.rounds.begin``."""
+    return rounds.begin(round_uri, store=store)
+
+
+def rollout(round_uri: str, *, store: Store | None = None) -> Done:
+    from camopd import rollout as stage
+
+    store = store or Store()
+    uri = layout.rollout_uri(round_uri)
+    with _recorded(round_uri, "rollout", uri, store):
+        manifest = stage.run(round_uri, store=store)
+    branches = Plan.load(store, layout.run_and_round(round_uri)[0]).recipe.branches
+    return Done(uri, headline(manifest.metrics), score_uris=[layout.score_uri(round_uri, branch.name) for branch in branches])
+
+
+def score(round_uri: str, branch: str, *, store: Store | None = None) -> Done:
+    from camopd import score as stage
+
+    store = store or Store()
+    uri = layout.score_uri(round_uri, branch)
+    with _recorded(round_uri, "score", uri, store):
+        return Done(uri, headline(stage.run(round_uri, branch, store=store).metrics))
+
+
+def select(round_uri: str, *, store: Store | None = None) -> Done:
+    from camopd import select as stage
+
+    store = store or Store()
+    uri = layout.select_uri(round_uri)
+    with _recorded(round_uri, "select", uri, store):
+        return Done(uri, headline(stage.run(round_uri, store=store).metrics))
+
+
+def train(round_uri: str, *, store: Store | None = None) -> Done:
+    from camopd import tracking
+    from camopd import train as stage
+
+    store = store or Store()
+    uri = layout.checkpoint_uri(round_uri)
+    with _recorded(round_uri, "train", uri, store):
+        manifest = stage.run(round_uri, store=store)
+    run_uri, _ = layout.run_and_round(round_uri)
+    tracking.sync(run_uri, store=store, tracker=_tracker(run_uri, store))
+    return Done(uri, headline(manifest.metrics))
+
+
+def evaluate(run_uri: str, *, store: Store | None = None) -> Done:
+    from camopd import evaluate as stage
+    from camopd import tracking
+
+    store = store or Store()
+    uri = stage.evaluation_uri(Plan.load(store, run_uri), store)
+    with Recorded(run_uri, stage="evaluate", output_uri=uri, store=store):
+        stage.run(run_uri, store=store)
+    tracking.sync(run_uri, store=store, tracker=_tracker(run_uri, store))
+    result = json.loads(store.read(join(uri, "evaluation.json")))
+    report = store.read(join(uri, "report.html")).decode()
+    return Done(uri, headline(result["headline"]), report, decision="pass" if result["decision"]["passed"] else "fail")
+
+
+def promote(run_uri: str, *, store: Store | None = None) -> Done:
+    from camopd import promote as stage
+    from camopd import tracking
+
+    store = store or Store()
+    tracker = _tracker(run_uri, store)
+    with Recorded(run_uri, stage="promote", output_uri=join(run_uri, "release"), store=store):
+        release = asdict(stage.run(run_uri, store=store, tracker=tracker))
+    tracking.sync(run_uri, store=store, tracker=tracker)
+    return Done(run_uri, document=json.dumps(release, indent=1, ensure_ascii=False) + "\n", release=release)
+
+
+def _recorded(round_uri: str, stage: str, output_uri: str, store: Store) -> Recorded:
+    run_uri, number = layout.run_and_round(round_uri)
+    return Recorded(run_uri, stage=stage, output_uri=output_uri, store=store, round_number=number)
+
+
+def _tracker(run_uri: str, store: Store) -> Tracker:
+    from camopd import tracking
+
+    return tracking.tracker_for(Plan.load(store, run_uri).recipe.tracking)
+
+
+# --- The whole ------------------------------------------------------------------------------------------------------------
+
+
+def one_round(round_uri: str, *, store: Store | None = None) -> None:
+    """Roll out, score every branch, select and train."""
+    for score_uri in rollout(round_uri, store=store).score_uris:
+        score(round_uri, score_uri.rpartition("/score-")[2], store=store)
+    select(round_uri, store=store)
+    train(round_uri, store=store)
+
+
+def run(recipe: str, parameters: Mapping[str, Any] | None = None, *, store: Store | None = None) -> Done:
+    """All seven stages in this process, going on where an earlier call was stopped. Returns what ``promote`` did.
+
+    Raises:
+        InputError: bad input, before anything is started.
+        UnhealthyRunError: the run stopped itself, now or in an earlier call.
+    """
+    store = store or Store()
+    prepared = prepare(recipe, parameters, store=store)
+    for round_uri in prepared.rounds:
+        state = begin(round_uri, store=store)
+        if state == "stop":
+            raise UnhealthyRunError(outcomes.describe(prepared.uri, succeeded=False, store=store))
+        if state == "go":
+            one_round(round_uri, store=store)
+    evaluate(prepared.uri, store=store)
+    return promote(prepared.uri, store=store)
+
+
+def outcome(recipe: str, output_uri: str, *, job: str, succeeded: bool, store: Store | None = None) -> str:
+    """What became of a pipeline run, as Markdown, from the run's own records: KFP's message is empty on a cluster.
+
+    Args:
+        recipe: as given to the run form.
+        output_uri: as given to the run form.
+        job: id of the pipeline run.
+        succeeded: KFP's word.
+        store: where to read.
+    """
+    return outcomes.describe_job(recipe, output_uri, job, succeeded=succeeded, store=store or Store())

@@ -1,0 +1,248 @@
+"""The compiled pipeline: what a cluster would be given. Each test is a trap that somebody fell into (docs/decisions.md)."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines.compile import COMMITTED, compile_pipeline
+
+EXAMPLE_POOLS = COMMITTED.with_name("pools.example.toml")
+NEEDS_GPU = {"rollout", "score", "evaluate", "train"}
+Spec = dict[str, Any]
+
+
+def documents(path: Path) -> tuple[Spec, Spec]:
+    """The pipeline and, where pods ask for more than a container, the platform's part."""
+    spec, *platform = yaml.safe_load_all(path.read_text(encoding="utf-8"))
+    return spec, platform[0] if platform else {}
+
+
+@pytest.fixture(scope="module")
+def cpu() -> Spec:
+    return documents(COMMITTED)[0]
+
+
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Spec, Spec]:
+    path = tmp_path_factory.mktemp("compiled") / "recovery.yaml"
+    compile_pipeline(path, EXAMPLE_POOLS)
+    return documents(path)
+
+
+def dags(spec: Spec) -> Iterator[tuple[str, Spec]]:
+    """Every graph of the pipeline with its name: the root, loops, conditions, the exit handler, nested pipelines."""
+    yield "root", spec["root"]
+    yield from ((name, component) for name, component in spec["components"].items() if "dag" in component)
+
+
+def tasks(spec: Spec) -> Iterator[tuple[str, str, Spec]]:
+    """Every task with the name of its graph and its own."""
+    for graph, component in dags(spec):
+        yield from ((graph, name, task) for name, task in component["dag"]["tasks"].items())
+
+
+def executors(spec: Spec) -> dict[str, Spec]:
+    """The container of each component, by the component's name."""
+    return {name.removeprefix("exec-"): e["container"] for name, e in spec["deploymentSpec"]["executors"].items()}
+
+
+def reachable(spec: Spec, component: str) -> set[str]:
+    """Names of the components that a graph's tasks run, those of inner graphs included."""
+    found = set()
+    for task in spec["components"][component].get("dag", {"tasks": {}})["tasks"].values():
+        name = task["componentRef"]["name"]
+        found |= {name.removeprefix("comp-")} if "dag" not in spec["components"][name] else reachable(spec, name)
+    return found
+
+
+# --- The committed file ---------------------------------------------------------------------------------------------------
+
+
+def test_the_committed_file_is_what_the_source_compiles_to(tmp_path):
+    compile_pipeline(tmp_path / "recovery.yaml")
+    fresh = (tmp_path / "recovery.yaml").read_bytes() == COMMITTED.read_bytes()
+    assert fresh, "pipelines/recovery.yaml is stale: run `make compile` and commit the result"
+
+
+def test_compiling_twice_gives_the_same_bytes(tmp_path):
+    for name in ("a.yaml", "b.yaml"):
+        compile_pipeline(tmp_path / name, EXAMPLE_POOLS)
+    assert (tmp_path / "a.yaml").read_bytes() == (tmp_path / "b.yaml").read_bytes()
+
+
+def test_the_file_is_small_whatever_the_number_of_rounds(tmp_path, cpu):
+    compile_pipeline(tmp_path / "recovery.yaml", EXAMPLE_POOLS)
+    assert COMMITTED.stat().st_size < 100_000
+    assert (tmp_path / "recovery.yaml").stat().st_size < 100_000
+    loop = cpu["components"]["comp-exit-handler-1"]["dag"]["tasks"]["for-loop-2"]
+    assert loop["parameterIterator"]["items"] == {"inputParameter": "pipelinechannel--prepare-Output"}
+
+
+# --- Parameters -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_default_run_needs_no_typing(cpu):
+    parameters = cpu["root"]["inputDefinitions"]["parameters"]
+    assert len(parameters) == 13
+    for name, parameter in parameters.items():
+        assert parameter["defaultValue"] not in (None, ""), name
+        assert parameter["parameterType"] in ("STRING", "BOOLEAN", "NUMBER_INTEGER", "NUMBER_DOUBLE"), name
+
+
+def test_names_sort_and_explain_themselves(cpu):
+    parameters = cpu["root"]["inputDefinitions"]["parameters"]
+    assert list(parameters) == sorted(parameters)
+    assert {name.partition("_")[0] for name in parameters} == {"input", "method", "output"}
+    assert all(parameter["description"] for parameter in parameters.values())
+
+
+def test_people_see_names_for_people(cpu):
+    assert cpu["root"]["dag"]["tasks"]["report-outcome"]["taskInfo"]["name"] == "Outcome: what happened"
+    for graph, name, task in tasks(cpu):
+        assert task["taskInfo"]["name"] != name or name in ("go", "passed"), (graph, name)
+
+
+# --- The graph ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fixture", ["cpu", "pooled"])
+def test_every_input_of_every_task_is_defined_where_it_is_read(fixture, request):
+    """The SDK does not thread a parameter that only resources use into a sub-graph: the run would fail at that task."""
+    spec = request.getfixturevalue(fixture)
+    spec = spec if isinstance(spec, dict) else spec[0]
+    for graph, component in dags(spec):
+        defined = set(component.get("inputDefinitions", {}).get("parameters", {}))
+        inside = component["dag"]["tasks"]
+        for name, task in inside.items():
+            for parameter, source in task.get("inputs", {}).get("parameters", {}).items():
+                if "componentInputParameter" in source:
+                    assert source["componentInputParameter"] in defined, (graph, name, parameter)
+                elif "taskOutputParameter" in source:
+                    assert source["taskOutputParameter"]["producerTask"] in task["dependentTasks"], (graph, name, parameter)
+                    assert source["taskOutputParameter"]["producerTask"] in inside, (graph, name, parameter)
+            wanted = set(spec["components"][task["componentRef"]["name"]].get("inputDefinitions", {}).get("parameters", {}))
+            given = set(task.get("inputs", {}).get("parameters", {})) | {task.get("parameterIterator", {}).get("itemInput")}
+            assert wanted <= given, (graph, name, wanted - given)
+
+
+def test_containers_name_no_input_that_their_component_lacks(pooled):
+    spec = pooled[0]
+    for name, container in executors(spec).items():
+        inputs = set(spec["components"][f"comp-{name}"].get("inputDefinitions", {}).get("parameters", {}))
+        used = set(re.findall(r"\{\{\$\.inputs\.parameters\['([^']+)'\]\}\}", yaml.safe_dump(container)))
+        assert used <= inputs, name
+
+
+def test_the_graph_is_the_one_of_the_architecture(cpu):
+    parts = cpu["components"]
+    whole = parts["comp-exit-handler-1"]["dag"]["tasks"]
+    assert set(whole) == {"prepare", "for-loop-2", "evaluate", "condition-4"}
+    assert "for-loop-2" in whole["evaluate"]["dependentTasks"]
+    assert whole["for-loop-2"]["iteratorPolicy"] == {"parallelismLimit": 1}
+    assert set(parts["comp-for-loop-2"]["dag"]["tasks"]) == {"begin", "condition-3"}
+    one_round = parts["comp-camopd-round"]["dag"]["tasks"]
+    assert {name: task.get("dependentTasks", []) for name, task in one_round.items()} == {
+        "rollout": [],
+        "for-loop-1": ["rollout"],
+        "select": ["for-loop-1"],
+        "train": ["select"],
+    }
+    assert "iteratorPolicy" not in one_round["for-loop-1"], "branches score side by side"
+    assert cpu["root"]["dag"]["tasks"]["report-outcome"]["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
+
+
+def test_loops_and_conditions_read_a_single_return_value(cpu):
+    """A named output makes the local runner skip the branch in silence, or raise."""
+    for graph, name, task in tasks(cpu):
+        if "parameterIterator" in task:
+            assert task["parameterIterator"]["items"]["inputParameter"].endswith("-Output"), (graph, name)
+        if "condition" in task.get("triggerPolicy", {}):
+            condition = task["triggerPolicy"]["condition"]
+            assert re.search(r"pipelinechannel--[a-z-]+-Output'\] == '[a-z]+'", condition), (graph, name)
+
+
+def test_inside_a_loop_only_the_item_is_read(cpu):
+    """The local runner puts the loop's item in the place of an outer task's output."""
+    loops = {"comp-for-loop-1", "comp-for-loop-2", "comp-condition-3"}
+    for graph, name, task in tasks(cpu):
+        if graph in loops:
+            for source in task["inputs"]["parameters"].values():
+                outer = source.get("componentInputParameter", "-loop-item")
+                assert outer.endswith("-loop-item"), (graph, name)
+
+
+def test_nothing_is_cached(cpu, pooled):
+    """KFP's key is a URI, not what lies behind it; our manifests are the cache."""
+    for spec in (cpu, pooled[0]):
+        for graph, name, task in tasks(spec):
+            if "cachingOptions" in task or name.rpartition("-")[0] not in ("for-loop", "condition", "exit-handler"):
+                assert task["cachingOptions"] == {}, (graph, name)
+
+
+def test_no_constant_holds_a_kfp_placeholder_but_the_run_s_id(cpu):
+    constants = [
+        source["runtimeValue"]["constant"]
+        for _, _, task in tasks(cpu)
+        for source in task.get("inputs", {}).get("parameters", {}).values()
+        if "runtimeValue" in source
+    ]
+    assert set(constants) == {"{{$.pipeline_job_uuid}}"}
+
+
+# --- Resources ------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_pools_file_nothing_is_asked_for(cpu):
+    for name, container in executors(cpu).items():
+        assert "resources" not in container, name
+    assert all("retryPolicy" not in task for _, _, task in tasks(cpu))
+
+
+def test_what_runs_for_a_done_or_stopped_round_asks_for_no_accelerator(pooled):
+    spec = pooled[0]
+    containers = executors(spec)
+    wanting = {name for name, container in containers.items() if "accelerator" in container.get("resources", {})}
+    assert wanting == NEEDS_GPU
+    behind_begin = reachable(spec, "comp-condition-3")
+    assert behind_begin == {"rollout", "score", "select", "train"}
+    in_the_loop = reachable(spec, "comp-for-loop-2")
+    assert not (in_the_loop - behind_begin) & wanting
+    assert wanting - behind_begin == {"evaluate"}, "evaluate waits for the loop; the rest stands behind begin"
+
+
+def test_accelerators_are_constants_and_counts_are_text(pooled):
+    """The backend drops a count that is an int parameter, in silence."""
+    for name in NEEDS_GPU:
+        accelerator = executors(pooled[0])[name]["resources"]["accelerator"]
+        assert accelerator["resourceType"] == "nvidia.com/gpu", name
+        assert accelerator["resourceCount"] == ("8" if name == "train" else "1")
+        assert isinstance(accelerator["resourceCount"], str)
+
+
+def test_retries_and_timeouts_are_constants_and_begin_has_no_retry(pooled):
+    spec, platform = pooled
+    retried = {name: task["retryPolicy"]["maxRetryCount"] for _, name, task in tasks(spec) if "retryPolicy" in task}
+    assert retried == {"rollout": 2, "score": 2, "train": 2, "evaluate": 2}
+    pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert pods["exec-train"]["activeDeadlineSeconds"] == str(1440 * 60)
+
+
+def test_pods_get_shared_memory_selectors_and_tolerations(pooled):
+    pods = pooled[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert set(pods) == {f"exec-{name}" for name in NEEDS_GPU}
+    train = pods["exec-train"]
+    assert train["emptyDirMounts"] == [{"medium": "Memory", "mountPath": "/dev/shm", "sizeLimit": "64Gi", "volumeName": "shm"}]
+    assert train["nodeSelector"]["labels"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
+    assert train["tolerations"] == [{"effect": "NoSchedule", "key": "nvidia.com/gpu", "operator": "Exists"}]
+
+
+def test_nothing_is_named_vllm(pooled):
+    """A Service of that name would set VLLM_ variables in every pod, which vLLM reads as its own."""
+    text = "".join(map(yaml.safe_dump, pooled))
+    names = re.findall(r"(?m)^\s*(?:- )?(?:name|volumeName): (\S+)$", text)
+    assert names
+    assert "vllm" not in [name.lower() for name in names]

@@ -1,0 +1,153 @@
+"""What is told about a run: names, values, series, and the entries in the order in which they came to be."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from camopd import rounds
+from camopd.plan import Plan
+from camopd.store import Store
+from camopd.tracking import logbook
+from camopd.tracking.logbook import canonical_text, params_of, safe_name, step_points
+from tests.finished import STEPS, make_evaluation, make_plan, make_round, make_run
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("acc(%)", "acc_pct"),
+        ("general/loss", "general/loss"),
+        ("a//b/../c", "a/b/c"),
+        ("tokens/s [mean]", "tokens/s _mean"),
+        ("/", "unnamed"),
+        ("x" * 300, "x" * 250),
+    ],
+)
+def test_safe_name(text: str, name: str) -> None:
+    assert safe_name(text) == name
+
+
+@given(st.text())
+def test_safe_name_is_what_mlflow_takes(text: str) -> None:
+    import posixpath
+    import re
+
+    name = safe_name(text)
+    assert re.fullmatch(r"[/\w.\- :]{1,250}", name)  # mlflow.utils.validation.validate_param_and_metric_name
+    assert name == posixpath.normpath(name)
+    assert not name.startswith(("/", ".."))
+    assert safe_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "same", [["1e-6", "1e-06", 0.000001, 1e-6], ["3", 3, 3.0, "3.0"], [True, "true"], [("a", 1.0), "a, 1"]]
+)
+def test_one_text_for_one_value(same: list[object]) -> None:
+    assert len({canonical_text(value) for value in same}) == 1
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_canonical_text_keeps_the_number(value: float) -> None:
+    assert float(canonical_text(value)) == value
+
+
+def test_a_long_parameter_is_whole_in_a_file() -> None:
+    params, files = params_of({"notes": "n" * 7000, "short": "s" * 6000})
+    assert params["short"] == "s" * 6000
+    assert len(params["notes"]) < 400
+    assert "7000 characters" in params["notes"]
+    assert files == {"params/notes.txt": "n" * 7000}
+    assert params_of({"notes": "n" * 6999 + "m"})[0] != params  # told apart by the hash
+
+
+def test_step_points_count_what_is_not_finite() -> None:
+    steps = [
+        {"step": 4, "branch": "general", "loss": 2.0, "kl": "Infinity", "note": "text", "cut": True},
+        {"step": 5, "branch": "domain", "loss": 1.0, "kl": math.nan},
+        {"step": 6, "branch": "domain", "loss": 0.5},
+    ]
+    points, nonfinite_steps, names = step_points(steps, time_ms=7)
+    assert {(p.name, p.value, p.step, p.time_ms) for p in points} == {
+        ("general/loss", 2.0, 4, 7),
+        ("general/cut", 1.0, 4, 7),
+        ("domain/loss", 1.0, 5, 7),
+        ("domain/loss", 0.5, 6, 7),
+    }
+    assert (nonfinite_steps, names) == (2, {"general/kl", "domain/kl"})
+
+
+def test_entries_follow_the_store(tmp_path: Path) -> None:
+    store = Store()
+    plan = make_plan(str(tmp_path), store)
+
+    def keys() -> list[str]:
+        return [entry.key.partition("-")[0] if entry.key[0] == "e" else entry.key for entry in logbook.entries(plan, store)]
+
+    assert keys() == ["settings", "plan"]
+    make_round(plan, store, 1)
+    make_round(plan, store, 2)
+    assert keys() == ["settings", "plan", "round-0001", "round-0002"]
+    make_evaluation(plan, store)
+    assert keys() == ["settings", "plan", "round-0001", "round-0002", "evaluation"]
+
+
+def test_a_round_tells_steps_and_stages(tmp_path: Path) -> None:
+    store = Store()
+    plan = make_plan(str(tmp_path), store)
+    make_round(plan, store, 1, steps=[{**STEPS[0], "kl": "NaN"}, STEPS[1]])
+    entry = next(entry for entry in logbook.entries(plan, store) if entry.nested)
+    facts = entry.facts()
+    series = {(p.name, p.step): p.value for p in facts.points}
+    assert series["general/loss", 0] == 0.75
+    assert series["domain/loss", 1] == 0.25
+    summary = {p.name: (p.value, p.step) for p in facts.summary}
+    assert summary["rollout/mean_length"] == (12.5, 1)
+    assert summary["select/general/kept"] == (0.5, 1)
+    assert summary["train/general/loss"] == (0.75, 1)
+    assert summary["nonfinite_steps"] == (1.0, 1)
+    assert facts.tags["camopd.nonfinite"] == "general/kl"
+    assert facts.began_ms is not None
+    assert facts.ended_ms is not None
+    assert facts.began_ms <= facts.ended_ms
+
+
+def test_settings_hold_no_tracking_uri(tmp_path: Path) -> None:
+    store = Store()
+    plan = make_plan(str(tmp_path), store, tracking={"uri": "http://mlflow.internal:5000"}, notes="n" * 6001)
+    facts = next(iter(logbook.entries(plan, store))).facts()
+    assert facts.params["train.learning_rate"] == "2e-06"
+    assert facts.params["branches.general.mass"] == "0.8"
+    assert facts.params["branches.domain.teacher"] == "none"
+    assert set(facts.files) == {"recipe.json", "params/notes.txt"}
+    assert "mlflow.internal" not in str(facts)
+
+
+def test_status(tmp_path: Path) -> None:
+    store = Store()
+    plan = make_run(str(tmp_path), store)
+    assert logbook.status(plan, store) == "FINISHED"
+    more = Plan(**{**vars(plan), "recipe": plan.recipe.model_copy(update={"num_rounds": 3})})
+    assert logbook.status(more, store) == "RUNNING"
+    rounds.record_stop(plan.run_uri, stage="train", round_number=2, reason="the loss is not finite", store=store)
+    assert logbook.status(plan, store) == "FAILED"
+    stop = next(entry for entry in logbook.entries(plan, store) if entry.key == "stop")
+    assert stop.facts().tags == {"camopd.stopped": "round 2, train: the loss is not finite"}
+
+
+def test_identity_names_place_inputs_and_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KFP_RUN_ID", "0b1c")
+    monkeypatch.setenv("CAMOPD_GIT_SHA", "abc123")
+    monkeypatch.delenv("CAMOPD_IMAGE_DIGEST", raising=False)
+    plan = make_plan("./runs", Store())
+    identity = logbook.identity(plan)
+    assert identity.run_uri == str(tmp_path / "runs" / identity.run_id)
+    assert identity.tags["kfp.run_id"] == "0b1c"
+    assert identity.tags["mlflow.source.git.commit"] == "abc123"
+    assert identity.tags["camopd.content_id.teacher/general"] == plan.content_ids["teacher/general"]
+    assert "camopd.image_digest" not in identity.tags

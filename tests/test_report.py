@@ -1,0 +1,221 @@
+"""The page: safe, self-contained, complete; the numbers behind its tables by hand."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from camopd.evaluate import Contestant, sample_rows, summarise
+from camopd.evaluation import report
+from camopd.evaluation.charts import Point, lines
+from camopd.evaluation.harness import Answer
+from camopd.evaluation.report import Round
+from tests.evaluation import EVIL, make_answers, make_plan, settings
+
+STEP = {"branch": "general", "loss": -0.1, "grad_norm": 1.0, "kept_ratio": 0.98, "gap": 0.5, "mean_length": 6.0}
+SELECTED = {
+    "num_samples": 10,
+    "num_kept": 4,
+    "kept_mass": 0.8,
+    "mean_length_kept": 8.0,
+    "mean_length_dropped": 5.0,
+    "mean_score": 0.1,
+}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attributes]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def make_rounds(count=3, names=("general", "domain")):
+    return [
+        Round(
+            number=number,
+            content_id=f"sha256:{number}",
+            seconds={"rollout": 2.0, "score": 1.0, "select": 0.5, "train": 4.5},
+            steps=[STEP | {"step": 4 * number + i, "branch": name} for i, name in enumerate(names)],
+            selection=dict.fromkeys(names, SELECTED),
+        )
+        for number in range(1, count + 1)
+    ]
+
+
+def page(*, plan=None, answers=None, rounds=None, **models):
+    plan = plan or make_plan()
+    answers = answers or make_answers(plan)
+    contestants = models.pop("contestants", None) or [
+        Contestant("before", "domain model before", "/d", plan.content_ids["student"], 0),
+        Contestant("after", "recovered model after", "/a", "sha256:after", 2),
+        *(
+            Contestant(f"teacher-{name}", f"{name} teacher", "/t", plan.content_ids[f"teacher/{name}"])
+            for name in (branch.name for branch in plan.recipe.branches)
+            if f"teacher-{name}" in answers
+        ),
+    ]
+    evaluation = json.loads(json.dumps(summarise(answers, contestants, plan, settings(plan)), allow_nan=False))
+    return report.render(
+        evaluation, plan, make_rounds() if rounds is None else rounds, sample_rows(answers), seconds={"prepare": 1.0}
+    )
+
+
+def test_loads_and_runs_nothing():
+    parsed = Page(page())
+    assert not {"script", "link", "img", "iframe", "object", "embed", "form", "base"} & set(parsed.tags)
+    references = [
+        value for _, name, value in parsed.attributes if name in ("src", "href", "xlink:href", "data", "action", "poster")
+    ]
+    assert all(value.startswith("#") for value in references)
+    assert not re.search(r"@import|url\((?!['\"]?#)", page())
+    policy = [value for tag, name, value in parsed.attributes if (tag, name) == ("meta", "content") and "default-src" in value]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+
+
+def test_what_models_and_users_wrote_stays_text():
+    plan = make_plan(notes=EVIL, warnings=(EVIL,))
+    answers = {
+        model: {task: [Answer(a.item, EVIL, EVIL, EVIL, EVIL, a.score) for a in given] for task, given in tasks.items()}
+        for model, tasks in make_answers(plan).items()
+    }
+    parsed = Page(page(plan=plan, answers=answers))
+    assert not {"script", "img"} & set(parsed.tags)
+    assert not [name for _, name, _ in parsed.attributes if name.startswith("on")]
+    assert sum(EVIL in text for text in parsed.text) == 2 + 10 * 4  # notes, warning, and four cells of each of ten answers
+
+
+def test_everything_is_there_and_accessible():
+    parsed = Page(page())
+    text = " ".join(" ".join(parsed.text).split())
+    for heading in (
+        "Before and after",
+        "How it went",
+        "What was selected",
+        "Sample answers",
+        "Time by stage",
+        "Settings",
+        "Content ids",
+    ):
+        assert heading in text
+    assert parsed.tags.count("svg") == 5
+    assert [value for tag, name, value in parsed.attributes if (tag, name) == ("svg", "role")] == ["img"] * 5
+    assert all(value for tag, name, value in parsed.attributes if (tag, name) == ("svg", "aria-label"))
+    assert parsed.tags.count("th") == len([1 for tag, name, _ in parsed.attributes if (tag, name) == ("th", "scope")])
+    assert "train.learning_rate" in text
+    assert "sha256:after" in text
+
+
+def test_the_verdict_is_one_sentence_on_top():
+    text = " ".join(Page(page()).text)
+    # General: start 0.25, teacher 1, after 0.75; domain: 1 and 1 (tests/evaluation.py).
+    verdict = "66.7 % of the lost general ability is back, and 100.0 % of the domain score is kept."
+    assert verdict in text
+    assert text.index(verdict) < text.index("Before and after")
+
+
+def test_without_metrics_of_rounds():
+    text = " ".join(Page(page(rounds=[])).text)
+    assert "The rounds left no metrics of single steps." in text
+    assert "What was selected" not in text
+
+
+def test_absent_and_infinite_metrics_of_steps_are_left_out():
+    steps = [
+        {"step": 0, "branch": "general"},
+        {"step": 1, "branch": "general", "gap": None},
+        {"step": 2, "branch": "general", "gap": 0.5},
+    ]
+    rounds = [Round(1, "sha256:1", {}, [*steps, {"step": 3, "branch": "general", "gap": float("inf")}], {})]
+    assert report.step_series(rounds, "gap", ["general", "domain"]) == {"general": [Point(2, 0.5)], "domain": []}
+    assert Page(page(rounds=rounds)).tags.count("svg") == 3
+
+
+def test_three_branches_two_of_them_with_teachers_of_their_own():
+    plan = make_plan(extra=True)
+    html = page(plan=plan, rounds=make_rounds(names=("general", "domain", "drugs")))
+    text = " ".join(" ".join(Page(html).text).split())
+    assert "drugs teacher" in text
+    assert "of the domain score is kept, and 50.0 % of the drugs score is kept" in text
+    assert "The model does not pass the gate" in text
+
+
+def test_the_same_input_gives_the_same_bytes():
+    assert page() == page()
+
+
+def test_sample_answers_take_turns_and_do_not_depend_on_the_order_of_rows():
+    plan = make_plan()
+    answers = make_answers(plan)
+    evaluation = {"branches": [{"name": b.name, "tasks": list(b.tasks)} for b in plan.recipe.branches]}
+    rows = sample_rows(answers)
+    chosen = report.sample_answers(evaluation, rows, count=5, seed=0)
+    assert [pair["branch"] for pair in chosen] == ["general"] * 3 + ["domain"] * 2
+    assert chosen == report.sample_answers(evaluation, rows[::-1], count=5, seed=0)
+    assert all((p["before"]["task"], p["before"]["item"]) == (p["after"]["task"], p["after"]["item"]) for p in chosen)
+    assert all((p["before"]["model"], p["after"]["model"]) == ("before", "after") for p in chosen)
+    others = [report.sample_answers(evaluation, rows, count=5, seed=seed) for seed in range(1, 5)]
+    assert any(other != chosen for other in others)
+
+
+def test_selection_is_weighted_by_samples():
+    first = SELECTED | {
+        "num_samples": 10,
+        "num_kept": 2,
+        "mean_length_kept": 10.0,
+        "mean_length_dropped": 4.0,
+        "kept_mass": 1.0,
+    }
+    second = SELECTED | {
+        "num_samples": 30,
+        "num_kept": 30,
+        "mean_length_kept": 6.0,
+        "mean_length_dropped": None,
+        "kept_mass": 0.8,
+    }
+    rounds = [Round(i, "", {}, [], {"general": part}) for i, part in enumerate((first, second), 1)]
+    (row,) = report.selection_table(rounds)
+    assert (row["num_samples"], row["num_kept"], row["share"]) == (40, 32, 0.8)
+    assert row["kept_mass"] == pytest.approx((10 * 1.0 + 30 * 0.8) / 40)
+    assert row["length_kept"] == pytest.approx((2 * 10 + 30 * 6) / 32)
+    assert row["length_dropped"] == 4.0  # the second round dropped nothing
+
+
+def test_times_add_up_over_rounds_in_the_order_of_stages():
+    assert report.times(make_rounds(2), {"evaluate": 3.0, "prepare": 1.0}) == [
+        ("prepare", 1.0, 0.05),
+        ("rollout", 4.0, 0.2),
+        ("score", 2.0, 0.1),
+        ("select", 1.0, 0.05),
+        ("train", 9.0, 0.45),
+        ("evaluate", 3.0, 0.15),
+    ]
+
+
+def test_how_numbers_look():
+    assert report.number(1536, 0) == "1,536"
+    assert report.number(0.45, sign="+") == "+0.450"
+    assert report.number(None) == report.number(float("nan")) == "n/a"
+    assert [report.duration(s) for s in (0.44, 59.9, 250.4, 11_100)] == ["0.4 s", "59.9 s", "4 min 10 s", "3 h 05 min"]
+    assert report.bounded({"value": 0.72, "low": 0.64, "high": 0.79}) == "72.0 %"
+    assert report.bounded({"value": 1.73, "low": None, "high": None}) == "an unknown share"
+    assert report.shorten("x" * 700, 3) == "xxx … (700 characters)"
+
+
+def test_charts_say_what_they_show_and_scale():
+    svg = lines({"a": [Point(0, 0.1), Point(4, 0.75)], "b": []}, title="Score", x_label="round", y_label="score")
+    opening = svg[: svg.index(">")]
+    assert 'aria-label="Score, by round: a from 0.1 at 0 to 0.75 at 4."' in opening
+    assert "viewBox" in opening
+    assert " width=" not in opening
+    assert "<metadata" not in svg
