@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from camopd.tracking.mlflow_tracker import ENVIRONMENT
+
 PRELOADED = ["camopd.train", "mlflow"]  # none of them starts a thread, so that forking is safe
 
 
@@ -20,6 +22,8 @@ def use_warm_starts() -> None:
     """Let kfp's subprocess runner start its components by ``run_component``: the one function of it that starts a process."""
     from kfp.local import subprocess_task_handler
 
+    for name, value in ENVIRONMENT.items():  # MLflow reads some of it at import, which the fork server does for all
+        os.environ.setdefault(name, value)
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     subprocess_task_handler.run_local_subprocess = run_component
 

@@ -357,7 +357,8 @@ def test_without_if_none_match_the_guard_is_weaker_and_says_so(
         assert store.write(place, b"1", if_absent=True)
         assert not store.write(place, b"2", if_absent=True)
     assert store.read(place) == b"1"
-    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [gateway.endpoint.partition(":")[0]]
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("camopd")]
+    assert [message.partition(":")[0] for message in ours] == [gateway.endpoint.partition(":")[0]]
     assert "has no If-None-Match" in caplog.text
     assert produce(store, join(s3_prefix, "run"), {"x": b"1"}) == store.require(join(s3_prefix, "run"))
 
@@ -366,7 +367,7 @@ def test_if_none_match_keeps_the_first(s3_prefix: str, caplog: pytest.LogCapture
     store, place = Store(), join(s3_prefix, "stop.json")
     assert store.write(place, b"1", if_absent=True)
     assert not store.write(place, b"1", if_absent=True)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("camopd")]
 
 
 def test_a_repeated_write_finds_its_own_first_attempt(gateway: Gateway, s3_prefix: str) -> None:

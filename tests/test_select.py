@@ -66,9 +66,11 @@ def test_order_never_matters_and_the_prefix_is_minimal(scores: dict, mass: float
         assert math.fsum(kept) - min(kept) < mass * total * (1 + 1e-9)
 
 
-def test_a_mass_of_one_keeps_every_sample_that_has_a_gap() -> None:
-    choices = select_by_mass({("a", 0): 0.1, ("b", 0): 0.2, ("c", 0): 0.3, ("d", 0): 0.0}, 1.0)
-    assert [key for key, choice in choices.items() if not choice.kept] == [("d", 0)]
+def test_a_mass_of_one_is_no_selection() -> None:
+    scores = {("a", 0): 0.1, ("b", 0): 0.2, ("c", 0): 0.3, ("d", 0): 0.0}
+    assert all(choice.kept for choice in select_by_mass(scores, 1.0).values())
+    dropped = [key for key, choice in select_by_mass(scores, 1 - 1e-15).items() if not choice.kept]
+    assert dropped == [("d", 0)]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])

@@ -38,7 +38,7 @@ class Branch(Section):
     tasks: Names = Field((), description="lm-eval tasks whose mean is this branch's score.")
     steps: Int = Field(1, ge=1, description="Optimiser steps in one cycle of the schedule.")
     scale: Float = Field(1.0, gt=0, description="Factor r_b on the advantage.")
-    mass: Float = Field(0.8, gt=0, le=1, description="Share rho of the gap mass that selection keeps; 1 keeps all.")
+    mass: Float = Field(0.8, gt=0, le=1, description="Share rho of the gap mass that selection keeps; 1 is no selection.")
     score: Literal["absolute", "positive"] = Field("absolute", description="Gap of a token: |A| or max(A, 0).")
 
     @model_validator(mode="before")

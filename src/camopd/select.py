@@ -54,7 +54,7 @@ def select_by_mass(scores: Mapping[Key, float], mass: float, *, floor: float = 0
 
     Args:
         scores: non-negative, finite gap of each sample.
-        mass: share rho of the total, in (0, 1].
+        mass: share rho of the total, in (0, 1]; 1 is no selection and keeps samples without a gap, too.
         floor: mean score, nats a token, up to which a batch counts as having no gap.
     """
     if not all(math.isfinite(score) and score >= 0 for score in scores.values()):
@@ -63,8 +63,9 @@ def select_by_mass(scores: Mapping[Key, float], mass: float, *, floor: float = 0
     total = math.fsum(scores.values())
     if total <= floor * len(scores):
         return {key: Choice(rank, 1.0, True, "no gap in batch") for rank, key in enumerate(ordered, 1)}
-    # The prefix sums are rounded; the relative slack keeps mass = 1 from asking for more than the sum of all.
-    needed, reached, done = mass * total * (1 - 1e-12), 0.0, False
+    # Prefix sums are rounded: the slack keeps a mass just below 1 from asking for more than the sum of all.
+    needed = mass * total * (1 - 1e-12) if mass < 1 else math.inf
+    reached, done = 0.0, False
     choices = {}
     for rank, key in enumerate(ordered, 1):
         kept = not done

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,8 @@ def prepare(recipe: str, parameters: Mapping[str, Any] | None = None, *, job: st
     from camopd import tracking
 
     store, parameters = store or Store(), parameters or {}
+    if job:
+        os.environ.setdefault("KFP_RUN_ID", job)  # tracking tags the attempt with it
     with outcomes.job_record(recipe, parameters.get("output_uri", AS_IN_RECIPE), job, store=store) as record:
         plan = stage.run(load_recipe(recipe, parameters), store=store)
         record["run"] = plan.run_uri
