@@ -102,7 +102,7 @@ def swap(rng):
 
 
 KINDS = {f.__name__: f for f in (copy, upper, reverse, plural, first, last, length, successor, add, swap)}
-SEEN = ("upper", "reverse", "first", "successor")  # covered by the proxy prompts; the other six are not, as in real life
+SEEN = ("upper", "reverse", "first", "successor")  # the kinds that the proxy prompts cover; real ones never cover all
 NUM_SEEN_ITEMS, NUM_UNSEEN_ITEMS, NUM_PROXY_PROMPTS = 65, 50, 750  # a kind
 
 # ---------------------------------------------------------------------------------------------------------------------

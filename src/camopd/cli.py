@@ -25,7 +25,7 @@ app = typer.Typer(
 RecipeArgument = Annotated[
     str, typer.Argument(help="Recipe: a TOML file, an s3:// URI of one, or a shipped name such as micro.")
 ]
-RoundArgument = Annotated[str, typer.Argument(help="Prefix of the round: <run>/rounds/0001, a local folder or s3://.")]
+RoundArgument = Annotated[str, typer.Argument(help="Prefix of the round, `<run>/rounds/0001`: a local folder or s3://.")]
 RunArgument = Annotated[str, typer.Argument(help="Prefix of the run, as printed by prepare: a local folder or s3://.")]
 SetOption = Annotated[
     list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a setting, e.g. -s train.learning_rate=1e-5.")
@@ -44,7 +44,10 @@ def _place(text: str) -> str:
     """A location as typed in a shell: a relative folder is relative to here."""
     from camopd.store import check_uri
 
-    return check_uri(text if "://" in text else str(Path(text).absolute()))
+    try:
+        return check_uri(text if "://" in text else str(Path(text).absolute()))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _say(done: Done) -> None:

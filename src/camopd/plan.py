@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from camopd.config import Branch, Recipe
+from camopd.errors import InputError, Problem
 from camopd.store import Store, digest, join, parent
 
 
@@ -37,10 +38,10 @@ def round_uri(run_uri: str, number: int) -> str:
 
 
 def run_and_round(uri: str) -> tuple[str, int]:
-    """The run's prefix and the round's number of a round's prefix. Raises ValueError on any other prefix."""
+    """The run's prefix and the round's number of a round's prefix. Raises InputError on any other prefix."""
     name, above = uri.rstrip("/").rpartition("/")[2], parent(uri)
     if not name.isdigit() or not above.endswith("/rounds"):
-        raise ValueError(f"{uri!r} is not a round; the form is <run>/rounds/0001")
+        raise InputError([Problem("round", f"{uri!r} is not a round", "the form is <run>/rounds/0001")])
     return parent(above), int(name)
 
 
