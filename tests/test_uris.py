@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from camopd.store.uris import check_uri, is_s3, join, parent
@@ -120,6 +120,7 @@ roots = st.sampled_from(["s3://models/run", "s3://my.dotted.bucket/x y", "/data/
 
 
 @given(roots, st.lists(parts, min_size=1, max_size=4))
+@example("s3://models/run", ["~"])
 def test_joined_locations_are_accepted_as_they_are_and_come_apart_again(root: str, names: list[str]) -> None:
     uri = join(root, *names)
     assert check_uri(uri) == check_uri(check_uri(uri)) == check_uri(uri + "/") == uri

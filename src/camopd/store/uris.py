@@ -87,7 +87,7 @@ def parent(uri: str) -> str:
     above, slash, name = uri.rstrip("/").rpartition("/")
     if not name or above == "s3:/":
         raise ValueError(f"{uri!r} has nothing above it")
-    if name in (".", "..", "~"):
+    if name in (".", "..") or uri == "~":
         return join(uri, "..")
     return above or ("/" if slash else ".")
 
