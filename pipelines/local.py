@@ -21,12 +21,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
 from camopd import workflow
 from camopd.errors import CamopdError, InputError, Problem
-from camopd.evaluate import headline_table
-from camopd.outcome import Result, describe, registered, result_of
+from camopd.outcome import describe, print_result, result_of
 from camopd.plan import Plan
 from camopd.recipe.parameters import FORM_FIELDS, ROLE_FIELDS, did_you_mean
 from camopd.store import Store, digest
@@ -109,22 +107,6 @@ def last_words(log: str, count: int = 12) -> list[str]:
 # --- Showing --------------------------------------------------------------------------------------------------------------
 
 
-def show(result: Result, plan: Plan, console: Console) -> None:
-    """The table of scores and shares, the gate's decision, and where everything lies."""
-    header, *rows = headline_table(result.evaluation)
-    table = Table(*header, title="Score with 95 % interval")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    decision = result.evaluation["decision"]
-    console.print("Gate:     " + ("passed" if decision["passed"] else "not passed"))
-    for reason in decision["reasons"]:
-        console.print(f"          {reason}")
-    console.print(f"Run:      {plan.run_uri}")
-    console.print(f"Report:   {result.report}")
-    console.print(f"Registry: {registered(result.release)}")
-
-
 def show_failure(log: Path, plan: Plan, store: Store, console: Console) -> None:
     """What the failed task said last, what the run's own record says, and what to do next."""
     console.print("Last words of the failed task:")
@@ -168,7 +150,7 @@ def recover(recipe: str, assignments: Sequence[str], console: Console) -> None:
         result = result_of(plan, store)
         console.print(f"Done in {clock(time.monotonic() - begun)}. Log: {folder / LOG}")
     assert result is not None, "the pipeline succeeded and left no evaluation"
-    show(result, plan, console)
+    print_result(result, plan, console)
     console.print("Next:")
     tracking_uri = plan.recipe.tracking.uri or os.environ["MLFLOW_TRACKING_URI"]
     for command, purpose in next_commands(recipe, plan.recipe.seed, tracking_uri).items():

@@ -155,7 +155,7 @@ def test_a_saved_trainer_goes_on_bit_for_bit(tmp_path) -> None:
     first = tiny_model()
     optimizer = make_optimizer(first, recipe)
     steps(first, optimizer, 2)
-    save_checkpoint(tmp_path / "saved", first, optimizer, Schedule.of(recipe.branches, 2), student=student)
+    save_checkpoint(tmp_path / "saved", first, optimizer, Schedule.of(recipe.branches, 2), seed=0, student=student)
 
     resumed = type(first).from_pretrained(tmp_path / "saved").eval()
     optimizer = make_optimizer(resumed, recipe)
@@ -169,7 +169,7 @@ def test_state_of_another_model_is_refused(tmp_path) -> None:
     recipe, model = make_recipe(), tiny_model()
     (tmp_path / "student").mkdir()
     save_checkpoint(
-        tmp_path / "c", model, make_optimizer(model, recipe), Schedule.of(recipe.branches), student=tmp_path / "student"
+        tmp_path / "c", model, make_optimizer(model, recipe), Schedule.of(recipe.branches), seed=0, student=tmp_path / "student"
     )
     with pytest.raises(StoreError, match="another model"):
         load_state(tmp_path / "c", model, make_optimizer(model, recipe))

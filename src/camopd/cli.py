@@ -168,9 +168,18 @@ def run(recipe: RecipeArgument, set_: SetOption = []) -> None:  # noqa: B006 (ty
 
     Example: `camopd run recipes/micro.toml -s seed=2`
     """
-    from camopd import workflow
+    from rich.console import Console
 
-    typer.echo(workflow.run(recipe, _parameters(set_)).document)
+    from camopd import workflow
+    from camopd.outcome import print_result, result_of
+    from camopd.plan import Plan
+    from camopd.store import Store
+
+    store = Store()
+    plan = Plan.load(store, workflow.run(recipe, _parameters(set_), store=store).uri)
+    result = result_of(plan, store)
+    assert result is not None, "every stage is done, so there is a result"
+    print_result(result, plan, Console(highlight=False, markup=False, soft_wrap=True))
 
 
 @app.command()

@@ -12,16 +12,19 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from camopd import plan as layout
 from camopd.config import load_recipe
 from camopd.errors import CamopdError, UnhealthyRunError
-from camopd.evaluate import EVALUATION, REPORT, evaluation_uri
+from camopd.evaluate import EVALUATION, REPORT, evaluation_uri, headline_table
 from camopd.plan import Plan
 from camopd.promote import release_uri
 from camopd.rounds import record_stop, stop_reason
 from camopd.store import Store, join
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 AGAIN = "Start it again with the same values: finished stages are not done twice."
 
@@ -89,6 +92,24 @@ def registered(release: Mapping[str, Any] | None) -> str:
     if release["version"] is None:
         return f"nothing ({release['status']}: {'; '.join(release['reasons'])})"
     return f"{release['model_name']} version {release['version']}, alias {release['alias']} ({release['status']})"
+
+
+def print_result(result: Result, plan: Plan, console: Console) -> None:
+    """The table of scores and shares, the gate's decision, and where everything lies."""
+    from rich.table import Table
+
+    header, *rows = headline_table(result.evaluation)
+    table = Table(*header, title="Score with 95 % interval")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    decision = result.evaluation["decision"]
+    console.print("Gate:     " + ("passed" if decision["passed"] else "not passed"))
+    for reason in decision["reasons"]:
+        console.print(f"          {reason}")
+    console.print(f"Run:      {plan.run_uri}")
+    console.print(f"Report:   {result.report}")
+    console.print(f"Registry: {registered(result.release)}")
 
 
 def error_uri(run_uri: str) -> str:

@@ -135,11 +135,13 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     *,
+    seed: int,
     student: Path,
     template: bytes | None = None,
 ) -> None:
     """Write a model folder that anything can load, with the trainer's state in ``trainer/``.
 
+    The generators' state is the seed: each round derives its own from it and the round's number.
     Tokenizer and generation settings are the student's own files, byte for byte; the chat template is the one that rendered the
     prompts, which is another where the recipe names one.
     """
@@ -157,7 +159,7 @@ def save_checkpoint(
     }
     (folder / OPTIMIZER).parent.mkdir()
     save_file(moments, folder / OPTIMIZER)
-    (folder / STATE).write_text(json.dumps({"step": schedule.step, "cycle": schedule.cycle}) + "\n")
+    (folder / STATE).write_text(json.dumps({"step": schedule.step, "cycle": schedule.cycle, "seed": seed}) + "\n")
 
 
 def is_companion(name: str) -> bool:
@@ -270,7 +272,7 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
             progress.advance(1, tokens=steps[-1]["tokens"], branch=at.active)
         used = join(layout.plan_uri(run_uri), layout.TEMPLATE)
         template = store.read(used) if store.stat(used) else None
-        save_checkpoint(folder, model, optimizer, at.advance(), student=student, template=template)
+        save_checkpoint(folder, model, optimizer, at.advance(), seed=recipe.seed, student=student, template=template)
         (folder / STEPS).write_text(json.dumps(steps, indent=1) + "\n")
         return headline(steps) | {"tokens_per_second": sum(s["tokens"] for s in steps) / (time.monotonic() - begun)}
 
