@@ -12,6 +12,7 @@ import pytest
 from camopd import evaluate, rounds
 from camopd.errors import InputError, StoreError, UnhealthyRunError
 from camopd.evaluate import Contestant, contestants, curve_rounds, evaluation_uri, headline_table, summarise
+from camopd.evaluation.intervals import exact_end
 from camopd.plan import Plan, checkpoint_uri, plan_uri, rollout_uri, round_uri, score_uri, select_uri
 from camopd.store import Store, join
 from tests.evaluation import make_answers, make_plan, settings
@@ -99,7 +100,7 @@ def test_the_id_follows_what_shapes_the_evaluation_and_nothing_else(tmp_path):
 
 def hand_made(*, extra=False):
     """tests/evaluation.py: general 0.25 before, 0.75 after, teacher 1; domain 1 and 1; drugs 0 before, 0.5 after, teacher 1."""
-    plan = make_plan(extra=extra, gate={"min_recovered": 0.2})
+    plan = make_plan(extra=extra, gate={"min_recovered": 0.01, "min_retained": 0.6})
     models = [
         Contestant("before", "domain model before", "/d", "sha256:domain", 0),
         Contestant("after", "recovered model after", "/a", "sha256:after", 2),
@@ -119,12 +120,13 @@ def test_scores_and_shares_by_hand():
         "teacher-general": (1.0, 0.0),
     }
     assert found["recovered"]["general"]["value"] == pytest.approx((0.75 - 0.25) / (1 - 0.25))
-    assert found["retained"]["domain"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    # Eight of eight, whatever is drawn: the ends are the exact binomial's, 0.025 ** (1 / 8) and as far above.
+    assert found["retained"]["domain"] == pytest.approx({"value": 1.0, "low": 0.6306, "high": 1.3694}, abs=1e-4)
     assert found["gain"]["branches"]["general"]["value"] == 0.5
     assert found["gain"]["tasks"]["unseen"]["value"] == 0.5
     assert [point["round"] for point in found["curve"]] == [0, 2]
-    low, high = (found["recovered"]["general"][end] for end in ("low", "high"))
-    assert 0.2 < low < 2 / 3 < high <= 1
+    unseen = (exact_end(8) + exact_end(4)) / 2 / 0.75  # mean of the two tasks, over the teacher's lead
+    assert found["recovered"]["general"]["low"] == pytest.approx(2 / 3 - unseen)
 
 
 def test_headline_holds_finite_numbers_only():
@@ -155,7 +157,7 @@ def test_headline_table():
         "recovered share",
         "retained share",
     ]
-    assert rows[3][2] == "1.000 (1.000 to 1.000)"
+    assert rows[3][2] == "1.000 (0.631 to 1.000)"
     assert rows[4][1].startswith("0.750 (")
     assert rows[5][1].startswith("0.667 (")
     assert rows[5][2:] == ["", ""]

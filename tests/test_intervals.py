@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from camopd.evaluation.intervals import Estimate, Interval, bootstrap, mean
+from camopd.evaluation.intervals import Estimate, Interval, bootstrap, exact_end, mean
 
 
 def estimates(scores, *, num_resamples=500, seed=0, task="t"):
@@ -35,9 +35,24 @@ def test_resamples_equal_a_plain_loop_over_the_same_draws_across_blocks():
 
 def test_models_share_the_draws():
     found = estimates({"a": [1, 0, 0, 1, 1], "same": [1, 0, 0, 1, 1], "opposite": [0, 1, 1, 0, 0]})
-    assert (found["a"] - found["same"]).interval() == Interval(0, 0, 0)
+    assert not (found["a"] - found["same"]).resamples.any()
     np.testing.assert_allclose(found["a"].resamples + found["opposite"].resamples, 1.0)
     assert found["a"].resamples.std() > 0
+
+
+def test_what_no_sample_shows_is_not_excluded():
+    """80 of 80: resampling sees no doubt; the exact binomial interval ends at 0.955 (0.025 ** (1 / 80))."""
+    assert exact_end(80) == pytest.approx(1 - 0.95493, abs=1e-5)
+    found = estimates({"before": [1] * 80, "after": [1] * 80})
+    assert found["after"].interval().low == pytest.approx(0.95493, abs=1e-5)
+    assert (found["after"] / found["before"]).interval().low == pytest.approx(0.95493, abs=1e-5)
+    halves = mean([found["after"], estimates({"after": [1] * 20})["after"]])
+    assert halves.interval().low == pytest.approx(1 - (exact_end(80) + exact_end(20)) / 2)
+
+
+def test_a_better_model_never_has_a_worse_lower_end():
+    lows = [estimates({"after": [1] * right + [0] * (80 - right)})["after"].interval().low for right in range(81)]
+    assert lows == sorted(lows)
 
 
 def test_a_task_does_not_depend_on_the_others_and_the_seed_decides():

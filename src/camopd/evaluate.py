@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from camopd.evaluation.harness import Answer
-    from camopd.evaluation.intervals import Estimate
+    from camopd.evaluation.intervals import Estimate, Interval
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples.parquet"
@@ -165,6 +165,13 @@ def shares(by_branch: Estimates, teacher: Mapping[str, str], plan: Plan) -> dict
     return found
 
 
+def within_scale(score: Interval) -> Interval:
+    """A score's interval without what no score can be: below 0, or above 1 where the score is a share."""
+    if not 0 <= score.value <= 1:
+        return score
+    return replace(score, low=max(score.low, 0.0), high=min(score.high, 1.0))
+
+
 def summarise(answers: Answers, models: list[Contestant], plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The record of an evaluation, ready for JSON (docs/data.md): scores, shares, differences, curve, decision, headline."""
     by_task, by_branch = estimate(answers, plan)
@@ -175,13 +182,13 @@ def summarise(answers: Answers, models: list[Contestant], plan: Plan, settings: 
     }
     decision = decide(found["recover"], found["retain"], plan.recipe.gate)
 
-    def intervals(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
-        return {name: value.interval().to_json() for name, value in estimates.items()}
-
     def gain(table: Estimates) -> dict[str, Any]:
-        return intervals({name: after - table[BEFORE][name] for name, after in table[AFTER].items()})
+        return {name: (after - table[BEFORE][name]).interval().to_json() for name, after in table[AFTER].items()}
 
-    scores = {key: {"branches": intervals(by_branch[key]), "tasks": intervals(by_task[key])} for key in answers}
+    def scored(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
+        return {name: within_scale(value.interval()).to_json() for name, value in estimates.items()}
+
+    scores = {key: {"branches": scored(by_branch[key]), "tasks": scored(by_task[key])} for key in answers}
     steps = sorted((model for model in models if model.round is not None), key=lambda model: model.round or 0)
     evaluation = {
         "models": {model.key: asdict(model) for model in models},

@@ -39,22 +39,28 @@ class Estimate:
     Attributes:
         value: the statistic on the data; NaN where undefined.
         resamples: [B] the statistic on each of B resamples; NaN where undefined.
+        unseen: how far off the statistic may be through kinds of sample that the data happens not to hold; the least
+            half-width of its interval. Resampling cannot know: of 80 right answers it only ever draws right ones.
     """
 
     value: float
     resamples: np.ndarray
+    unseen: float = 0.0
 
     def __sub__(self, other: Estimate) -> Estimate:
-        return Estimate(self.value - other.value, self.resamples - other.resamples)
+        # Paired: one unseen kind of sample moves the difference once.
+        return Estimate(self.value - other.value, self.resamples - other.resamples, max(self.unseen, other.unseen))
 
     def __truediv__(self, other: Estimate) -> Estimate:
         """The ratio, undefined wherever ``other`` is not above zero: a share of nothing, or of a negative gap, says nothing."""
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(other.resamples > 0, self.resamples / other.resamples, np.nan)
-        return Estimate(self.value / other.value if other.value > 0 else math.nan, ratio)
+        if other.value <= 0:
+            return Estimate(math.nan, ratio)
+        return Estimate(self.value / other.value, ratio, max(self.unseen, other.unseen) / other.value)
 
     def interval(self) -> Interval:
-        """Percentile interval. An undefined resample counts as the worst at either end.
+        """Percentile interval, at least ``unseen`` to either side. An undefined resample counts as the worst at either end.
 
         So once more than one in forty is undefined, the interval has no end on that side, as in Fieller's theorem, and no
         gate is passed by luck.
@@ -62,13 +68,24 @@ class Estimate:
         tail, undefined = (1 - LEVEL) / 2, np.isnan(self.resamples)
         low = np.quantile(np.where(undefined, -np.inf, self.resamples), tail, method="lower")
         high = np.quantile(np.where(undefined, np.inf, self.resamples), 1 - tail, method="higher")
-        return Interval(self.value, float(low), float(high))
+        if math.isnan(self.value):
+            return Interval(self.value, float(low), float(high))
+        return Interval(self.value, min(float(low), self.value - self.unseen), max(float(high), self.value + self.unseen))
+
+
+def exact_end(num_samples: int) -> float:
+    """The largest rate at which something may happen that did not happen in N samples: 1 - 0.025^(1/N).
+
+    The end of the exact binomial interval of 0 in N (C. Clopper and E. Pearson, Biometrika 26, 1934); about 3.7 / N.
+    """
+    return 1 - ((1 - LEVEL) / 2) ** (1 / num_samples)
 
 
 def mean(estimates: Iterable[Estimate]) -> Estimate:
     """Unweighted mean: a branch's score from those of its tasks."""
     parts = list(estimates)
-    return Estimate(float(np.mean([part.value for part in parts])), np.mean([part.resamples for part in parts], axis=0))
+    value, unseen = (float(np.mean([getattr(part, name) for part in parts])) for name in ("value", "unseen"))
+    return Estimate(value, np.mean([part.resamples for part in parts], axis=0), unseen)
 
 
 def bootstrap(scores: Mapping[str, np.ndarray], *, num_resamples: int, seed: int, task: str) -> dict[str, Estimate]:
@@ -90,4 +107,5 @@ def bootstrap(scores: Mapping[str, np.ndarray], *, num_resamples: int, seed: int
         means.append([model_N[draws_BN].mean(axis=1) for model_N in table_MN])
     resampled_MB = np.concatenate(means, axis=1)
     values_M = table_MN.mean(axis=1)
-    return {name: Estimate(float(values_M[m]), resampled_MB[m]) for m, name in enumerate(scores)}
+    unseen = exact_end(num_samples) * max(1.0, float(np.abs(table_MN).max()))  # a sample's score moves by 1, or by its scale
+    return {name: Estimate(float(values_M[m]), resampled_MB[m], unseen) for m, name in enumerate(scores)}
