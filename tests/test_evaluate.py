@@ -142,6 +142,7 @@ def test_three_branches_are_judged_by_their_own_teachers():
     found = hand_made(extra=True)
     assert found["retained"]["drugs"]["value"] == 0.5
     assert found["retained"]["domain"]["value"] == 1.0
+    assert 0 <= found["retained"]["drugs"]["low"] < 0.5
     assert not found["decision"]["passed"]
     assert [reason.split(",")[0] for reason in found["decision"]["reasons"]] == ["general: yes", "domain: yes", "drugs: no"]
 

@@ -7,6 +7,7 @@ Which models, which arithmetic, what is written. The harness itself is behind ``
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -165,6 +166,11 @@ def shares(by_branch: Estimates, teacher: Mapping[str, str], plan: Plan) -> dict
     return found
 
 
+def not_negative(share: Interval) -> Interval:
+    """A retained share's interval without what no share can be; an end that the data cannot bound stays without bound."""
+    return replace(share, low=max(share.low, 0.0)) if math.isfinite(share.low) else share
+
+
 def within_scale(score: Interval) -> Interval:
     """A score's interval without what no score can be: below 0, or above 1 where the score is a share."""
     if not 0 <= score.value <= 1:
@@ -180,6 +186,7 @@ def summarise(answers: Answers, models: list[Contestant], plan: Plan, settings: 
         role: {name: share.interval() for name, share in each.items()}
         for role, each in shares(by_branch, teacher, plan).items()
     }
+    found["retain"] = {name: not_negative(share) for name, share in found["retain"].items()}
     decision = decide(found["recover"], found["retain"], plan.recipe.gate)
 
     def gain(table: Estimates) -> dict[str, Any]:
