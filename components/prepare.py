@@ -11,6 +11,7 @@ def prepare(
     input_general_prompts_uri: str,
     job: str,
     method_learning_rate: str,
+    method_name: str,
     method_num_rounds: str,
     method_seed: str,
     output_alias: str,
@@ -31,6 +32,7 @@ def prepare(
         input_general_prompts_uri: JSONL general prompts.
         job: Id of this pipeline run; the exit handler finds the recovery by it.
         method_learning_rate: Step size.
+        method_name: Preset that fills in what the recipe leaves out.
         method_num_rounds: Rounds of rollout, score, select and train.
         method_seed: Seed of sampling and prompt order.
         output_alias: Registry alias that moves to the recovered model.

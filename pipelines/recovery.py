@@ -40,6 +40,7 @@ def make_pipeline(pools: Pools) -> dsl.base_component.BaseComponent:
         input_general_prompts_uri: str = "recipe",
         input_recipe: str = "micro",
         method_learning_rate: str = "recipe",
+        method_name: str = "recipe",
         method_num_rounds: str = "recipe",
         method_seed: str = "recipe",
         output_alias: str = "recipe",
@@ -59,6 +60,7 @@ def make_pipeline(pools: Pools) -> dsl.base_component.BaseComponent:
             input_general_prompts_uri: General prompts, JSONL.
             input_recipe: Name of a recipe in the image, or the location of a TOML file.
             method_learning_rate: Step size, such as 2e-6.
+            method_name: Preset, such as camopd, mopd or off-policy-kd; it fills in what the recipe leaves out.
             method_num_rounds: Times rollout, score, select and train are repeated.
             method_seed: Seed of sampling and prompt order.
             output_alias: Alias that moves to the recovered model.
@@ -78,6 +80,7 @@ def make_pipeline(pools: Pools) -> dsl.base_component.BaseComponent:
                     input_general_prompts_uri=input_general_prompts_uri,
                     job=job,
                     method_learning_rate=method_learning_rate,
+                    method_name=method_name,
                     method_num_rounds=method_num_rounds,
                     method_seed=method_seed,
                     output_alias=output_alias,

@@ -40,6 +40,7 @@ def make_plan(run_uri="/runs/demo-0123456789ab", *, extra=False, warnings=(), **
         pad_id=0,
         num_prompts=dict.fromkeys(names, 100),
         template_id="sha256:template",
+        max_prompt_tokens=96,
         warnings=warnings,
     )
 

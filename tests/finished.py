@@ -14,8 +14,14 @@ from camopd.plan import Plan
 from camopd.store import Manifest, Store, digest, join
 
 STEPS = [
-    {"step": 0, "branch": "general", "loss": 0.75, "grad_norm": 2.0, "tokens": 100},
-    {"step": 1, "branch": "domain", "loss": 0.25, "grad_norm": 1.0, "tokens": 80},
+    {"step": 0, "loss": 0.75, "grad_norm": 2.0, "branches": {"general": {"gap": 0.5, "tokens": 100}}},
+    {
+        "step": 1,
+        "loss": 0.25,
+        "grad_norm": 1.0,
+        "branches": {"domain": {"gap": 0.125, "tokens": 80}},
+        "diagnostics": {"parameters": "all parameters", "gradient/cosine_domain_general": -0.25, "general/gcg": 12.5},
+    },
 ]
 
 
@@ -36,7 +42,7 @@ def make_plan(output: str, store: Store, *, seed: int = 0, **settings: Any) -> P
     names = ("student", "teacher/general", "teacher/domain", "prompts/general", "prompts/domain")
     content_ids = {name: digest(name) for name in names}
     run_uri = join(output, layout.run_id(recipe, content_ids))
-    plan = Plan(run_uri, recipe, content_ids, 64, (1,), 0, {"general": 10, "domain": 5}, digest("template"))
+    plan = Plan(run_uri, recipe, content_ids, 64, (1,), 0, {"general": 10, "domain": 5}, digest("template"), 96)
     store.write(join(run_uri, "recipe.json"), recipe.model_dump_json().encode())
     produce(store, layout.plan_uri(run_uri), "prepare", {"plan.json": plan.to_json(), "settings.md": "# Settings\n"})
     return plan

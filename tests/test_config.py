@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from camopd import config
 from camopd.config import Branch, Recipe, cautions, load_recipe
 from camopd.errors import InputError
+from camopd.presets import presets
 from camopd.recipe.parameters import dotted_keys
 from tests.folders import CASES
 
@@ -30,6 +32,9 @@ name = "domain"
 role = "retain"
 prompts = "/data/domain.jsonl"
 """
+
+
+MINIMAL_BRANCHES = tomllib.loads(MINIMAL)["branches"]
 
 
 def problems_of(source: str | Path, parameters: dict | None = None) -> dict[str, str]:
@@ -226,6 +231,175 @@ def test_a_teacher_that_is_the_student_is_a_caution() -> None:
     recipe = load_recipe(MINIMAL, {"input_domain_model_uri": uri.rstrip("/"), "input_general_model_uri": uri})
     assert any("branches.general.teacher: the teacher is the student itself" in sentence for sentence in cautions(recipe))
     assert not cautions(load_recipe(MINIMAL))
+
+
+# --- Methods --------------------------------------------------------------------------------------------------------------
+
+MICRO = Path(__file__).parents[1] / "recipes" / "micro.toml"
+
+
+def shape(recipe: Recipe) -> dict[str, object]:
+    """What a preset decides, by dotted key."""
+    own = {f"branches.{b.name}.{key}": getattr(b, key) for b in recipe.branches for key in ("steps", "scale", "mass")}
+    return own | {"mixing": recipe.mixing, "rollout.sampler": recipe.rollout.sampler}
+
+
+def expected_shape(general: tuple, domain: tuple, mixing: str) -> dict[str, object]:
+    rows = {"general": general, "domain": domain}
+    own = {
+        f"branches.{name}.{key}": value
+        for name, row in rows.items()
+        for key, value in zip(("steps", "scale", "mass"), row, strict=True)
+    }
+    return own | {"mixing": mixing, "rollout.sampler": "student"}
+
+
+def test_a_recipe_without_a_method_is_camopd() -> None:
+    recipe = load_recipe(MINIMAL)
+    assert (recipe.method, shape(recipe)) == ("camopd", expected_shape((3, 2.0, 0.8), (1, 1.0, 0.8), "alternating"))
+
+
+@pytest.mark.parametrize("field", ["method", "method_name"])
+def test_the_method_is_one_word_on_the_command_line(field: str) -> None:
+    assert shape(load_recipe(MICRO, {field: "mopd"})) == expected_shape((1, 1.0, 1.0), (1, 1.0, 1.0), "mixed")
+
+
+@pytest.mark.parametrize("method", presets())
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("branches.general.steps", 5),
+        ("branches.domain.steps", 2),
+        ("branches.domain.scale", 1.5),
+        ("branches.general.mass", 0.5),
+        ("mixing", "mixed"),
+        ("mixing", "alternating"),
+        ("rollout.sampler", "student"),
+    ],
+)
+def test_a_preset_fills_only_what_the_recipe_leaves_out(method: str, key: str, value: object) -> None:
+    plain, changed = (shape(load_recipe(MINIMAL, {"method": method, **more})) for more in ({}, {key: value}))
+    assert changed == plain | {key: value}
+
+
+@pytest.mark.parametrize("method", presets())
+def test_a_recipe_that_was_written_down_is_read_back_the_same(method: str) -> None:
+    """`prepare` writes every default out; no later preset may change a run that has begun."""
+    recipe = load_recipe(MINIMAL, {"method": method, "branches.general.prompts": "teacher"})
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_a_text_may_name_the_method_for_any_number_of_branches() -> None:
+    text = 'method = "mopd-3to1"\n' + MINIMAL + '[[branches]]\nname = "law"\nrole = "retain"\nprompts = "/data/law.jsonl"\n'
+    assert [branch.steps for branch in load_recipe(text).branches] == [3, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("mopdd", "did you mean 'mopd'"),
+        ("mopd_3to1", "did you mean 'mopd-3to1'"),
+        ("x", "known: alternating, alternating-scaled, camopd"),
+        ("", "there is no method ''"),
+        (3, "text is expected"),
+        (["mopd"], "text is expected"),
+    ],
+)
+def test_a_method_that_does_not_exist_is_refused(typed: object, words: str) -> None:
+    assert words in problems_of(MINIMAL, {"method": typed})["method"]
+    assert words in problems_of(f"method = {json.dumps(typed)}\n{MINIMAL}")["recipe:1 (method)"]
+
+
+# --- Signals --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"score.signal": "full"}, ["signal full needs student and teacher in one process", "camopd recover"]),
+        ({"method": "off-policy-kd", "score.signal": "topk"}, ["off-policy-kd is defined for signal sampled, not topk"]),
+        ({"rollout.sampler": "teacher", "score.top_k_of": "student"}, ["top_k_of student needs answers"]),
+        ({"branches.general.score": "kl"}, ["score kl of branch general needs signal topk with top_k_of student"]),
+        ({"branches.general.score": "kl", "score.signal": "topk"}, ["needs signal topk with top_k_of student"]),
+        (
+            {"method": "off-policy-kd", "score.signal": "full", "score.top_k_of": "student", "branches.domain.score": "kl"},
+            ["for signal sampled, not full", "camopd recover", "top_k_of student needs"],  # no selection, so kl is not used
+        ),
+    ],
+)
+def test_signals_that_do_not_fit_are_all_named(parameters: dict, words: list[str]) -> None:
+    found = problems_of(MINIMAL, parameters)
+    assert found.keys() == {"recipe (score)"}
+    assert all(part in found["recipe (score)"] for part in words)
+
+
+def test_the_line_of_a_signal_that_does_not_fit_is_named() -> None:
+    text = MINIMAL + '[score]\nsignal = "full"\n'
+    assert "one process" in problems_of(text)[f"recipe:{text.splitlines().index('[score]') + 1} (score)"]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"score.signal": "full", "execution": "colocated"},
+        {"score.signal": "topk", "score.top_k_of": "student", "branches.general.score": "kl"},
+        {"branches.general.score": "kl", "method": "mopd"},
+        {"method": "off-policy-kd"},
+    ],
+)
+def test_signals_that_fit(parameters: dict) -> None:
+    load_recipe(MINIMAL, parameters)
+
+
+# --- Prompts and batches --------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_may_make_up_the_prompts() -> None:
+    """All of them without a file, a share of them beside one."""
+    branch = load_recipe(MINIMAL, {"branches.general.prompts": "teacher"}).branch("general")
+    assert (branch.prompts, branch.teacher_prompts, branch.has_prompt_file) == ("teacher", 1.0, False)
+    branch = load_recipe(MINIMAL, {"branches.general.teacher_prompts": "0.25"}).branch("general")
+    assert (branch.prompts, branch.teacher_prompts, branch.has_prompt_file) == ("/data/general.jsonl", 0.25, True)
+    in_text = MINIMAL.replace('prompts = "/data/domain.jsonl"', 'prompts = "teacher"')
+    assert load_recipe(in_text).branch("domain").teacher_prompts == 1.0
+
+
+@pytest.mark.parametrize(
+    ("parameters", "where", "words"),
+    [
+        (
+            {"branches.general.prompts": "teacher", "branches.general.teacher_prompts": 0.5},
+            "branches.general.teacher_prompts",
+            "needs a prompt file",
+        ),
+        ({"branches.general.teacher_prompts": 2}, "branches.general.teacher_prompts", "at most 1"),
+        ({"branches.general.prompts": "teachers"}, "branches.general.prompts", "no scheme"),
+        ({"branches.general.steps": 0}, "recipe:4 (branches)", "nothing would be recovered"),
+        ({"method": "mopd-3to1", "rollout.prompts_per_step": 3}, "recipe (rollout)", "cannot be mixed 3:1; set at least 4"),
+        ({"mixing": "mixd"}, "mixing", "did you mean 'mixed'"),
+        ({"cycles_per_round": 2}, "cycles_per_round", "did you mean 'steps_per_round'"),
+    ],
+)
+def test_prompts_and_batches_that_cannot_be_are_refused(parameters: dict, where: str, words: str) -> None:
+    assert words in problems_of(MINIMAL, parameters)[where]
+
+
+def test_small_batches_are_enough_in_turns() -> None:
+    assert load_recipe(MINIMAL, {"rollout.prompts_per_step": 1}).rollout.prompts_per_step == 1
+    assert load_recipe(MINIMAL, {"method": "mopd-3to1", "rollout.prompts_per_step": 4}).rollout.prompts_per_step == 4
+
+
+def test_every_problem_comes_at_once_with_its_line() -> None:
+    text = 'method = "mopdd"\ncycles_per_round = 2\n' + MINIMAL.replace('"/data/domain.jsonl"', '"teach"')
+    found = problems_of(text + '[score]\nsignal = "full"\n[train]\nlogprob_chunk = 5\n', {"mixing": "no"})
+    assert found.keys() == {
+        "recipe:1 (method)",
+        "recipe:2 (cycles_per_round)",
+        "recipe:15 (branches.domain.prompts)",
+        "recipe:16 (score)",
+        "recipe:19 (train.logprob_chunk)",
+        "mixing",
+    }
 
 
 # --- Registry names -------------------------------------------------------------------------------------------------------

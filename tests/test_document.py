@@ -9,7 +9,7 @@ import pytest
 
 from camopd.config import Recipe, load_recipe
 from camopd.recipe.document import absolute, key_lines
-from camopd.recipe.values import Uri
+from camopd.recipe.values import PromptSource, Uri
 from camopd.store import Store
 from tests.test_config import MINIMAL, problems_of
 
@@ -128,7 +128,8 @@ def locations(recipe: Recipe) -> list[str]:
 
     def of(section: object, model: type) -> list[str]:
         hints = typing.get_type_hints(model, include_extras=True)
-        return [getattr(section, name) for name, hint in hints.items() if Uri in (hint, *typing.get_args(hint))]
+        kinds = {name: (hint, *typing.get_args(hint)) for name, hint in hints.items()}
+        return [getattr(section, name) for name, kind in kinds.items() if Uri in kind or PromptSource in kind]
 
     sections = [recipe, *recipe.branches, recipe.prompts, recipe.rollout, recipe.score, recipe.train, recipe.evaluate]
     return [value for section in sections for value in of(section, type(section))]
@@ -141,6 +142,11 @@ def test_locations_in_a_file_are_relative_to_it(tmp_path: Path, monkeypatch: pyt
     found = locations(load_recipe("a", {"evaluate.task_dir": "./mine"}))
     beside = {str(tmp_path / "recipes" / name) for name in ("student", "teacher", "p.jsonl", "t.jinja")}
     assert set(found) == beside | {str(tmp_path / "runs"), str(tmp_path / "mine")}
+
+
+def test_a_teacher_in_place_of_a_prompt_file_is_no_location(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(EVERY_LOCATION.replace("./p.jsonl", "teacher"))
+    assert load_recipe(tmp_path / "a.toml").branch("general").prompts == "teacher"
 
 
 def test_locations_in_text_are_relative_to_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

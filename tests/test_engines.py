@@ -3,10 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 
 from camopd.engines import load_engine
-from camopd.engines.transformers import draw, load_model, output_head, token_batches
+from camopd.engines.transformers import (
+    TransformersEngine,
+    draw,
+    load_model,
+    output_head,
+    response_hidden,
+    token_batches,
+    uniforms,
+)
 from camopd.errors import InputError
 from tests.tiny import EOS, VOCAB, save_tiny, tiny_model
 
@@ -32,38 +40,52 @@ def exact_logprobs(prompt, response):
     return logits.log_softmax(-1)
 
 
-def sample_all(folder, prompts=PROMPTS, seeds=SEEDS, *, limit=12, eos=(EOS,), **options):
-    return dict(engine(folder, **options).sample(prompts, seeds, max_new_tokens=limit, eos_ids=eos))
+def sample_all(folder, prompts=PROMPTS, seeds=SEEDS, *, limit=12, eos=(EOS,), top_k=0, **options):
+    return dict(engine(folder, **options).sample(prompts, seeds, max_new_tokens=limit, eos_ids=eos, top_k=top_k))
+
+
+def token_ids(samples):
+    return [samples[i].token_ids.tolist() for i in range(len(samples))]
 
 
 def test_sampled_logprobs_and_entropy_equal_a_plain_forward_pass(folder) -> None:
     for index, sample in sample_all(folder).items():
         exact = exact_logprobs(PROMPTS[index], sample.token_ids)
-        own = exact.gather(1, torch.tensor(sample.token_ids)[:, None]).squeeze(1)
-        assert sample.logprobs == pytest.approx(own.tolist(), abs=1e-4)
+        own = exact.gather(1, torch.tensor(sample.token_ids, dtype=torch.long)[:, None]).squeeze(1)
+        assert sample.logprobs == pytest.approx(own.numpy(), abs=1e-4)
         assert sample.entropy == pytest.approx(-(exact.exp() * exact).sum(-1).mean().item(), abs=1e-4)
+        assert (sample.token_ids.dtype, sample.logprobs.dtype) == (np.int32, np.float32)
+        assert sample.topk_ids.shape == sample.topk_logprobs.shape == (len(own), 0)
+
+
+def test_the_samplers_own_top_tokens_equal_a_plain_forward_pass(folder) -> None:
+    for index, sample in sample_all(folder, top_k=4).items():
+        values, ids = exact_logprobs(PROMPTS[index], sample.token_ids).topk(4)
+        assert sample.topk_ids.tolist() == ids.tolist()
+        assert sample.topk_logprobs == pytest.approx(values.numpy(), abs=1e-4)
 
 
 def test_a_response_depends_on_its_prompt_and_seed_alone(folder) -> None:
-    together = sample_all(folder)
-    one_by_one = {i: sample_all(folder, [PROMPTS[i]], [SEEDS[i]], batch_size=1)[0] for i in range(5)}
-    assert {i: s.token_ids for i, s in together.items()} == {i: s.token_ids for i, s in one_by_one.items()}
-    assert sample_all(folder, seeds=[s + 100 for s in SEEDS]) != together
+    together = token_ids(sample_all(folder))
+    one_by_one = [sample_all(folder, [PROMPTS[i]], [SEEDS[i]], batch_size=1)[0].token_ids.tolist() for i in range(5)]
+    assert together == one_by_one
+    assert token_ids(sample_all(folder, seeds=[s + 100 for s in SEEDS])) != together
 
 
 def test_responses_end_at_an_end_token_or_at_the_limit(folder) -> None:
     ends = (2, 3, 4, 5)
-    samples = sample_all(folder, limit=6, eos=ends).values()
+    samples = sample_all(folder, PROMPTS * 8, range(40), limit=6, eos=ends, batch_size=40).values()
     assert {sample.finish_reason for sample in samples} == {"stop", "length"}
+    assert len({len(sample.token_ids) for sample in samples}) == 6  # rows leave the batch at different steps
     for sample in samples:
         assert (sample.token_ids[-1] in ends) == (sample.finish_reason == "stop")
-        assert not set(sample.token_ids[:-1]) & set(ends)
+        assert not set(sample.token_ids[:-1].tolist()) & set(ends)
         assert len(sample.token_ids) == 6 or sample.finish_reason == "stop"
 
 
 def test_padded_ids_of_the_head_are_never_sampled(folder) -> None:
     samples = sample_all(folder, PROMPTS * 20, list(range(100)), limit=20, batch_size=100)
-    drawn = {token for sample in samples.values() for token in sample.token_ids}
+    drawn = set(np.concatenate([sample.token_ids for sample in samples.values()]).tolist())
     assert max(drawn) < SHARED
     assert len(drawn) > SHARED // 2
 
@@ -74,13 +96,24 @@ def test_scores_equal_a_plain_forward_pass_whatever_the_batching(folder, batch_t
     scores = dict(engine(folder, batch_tokens=batch_tokens).score(PROMPTS, responses, top_k=3))
     for index, score in scores.items():
         exact = exact_logprobs(PROMPTS[index], responses[index])
-        assert score.logprobs == pytest.approx(
-            exact.gather(1, torch.tensor(responses[index])[:, None]).squeeze(1).tolist(), abs=1e-4
-        )
+        own = exact.gather(1, torch.tensor(responses[index])[:, None]).squeeze(1)
+        assert score.logprobs == pytest.approx(own.numpy(), abs=1e-4)
         values, ids = exact.topk(3, dim=-1)
-        assert score.topk_ids == ids.tolist()
-        torch.testing.assert_close(torch.tensor(score.topk_logprobs, dtype=torch.float64), values, atol=1e-4, rtol=0)
-        assert score.tail_mass == pytest.approx((1 - values.exp().sum(-1)).tolist(), abs=1e-4)
+        assert score.topk_ids.tolist() == ids.tolist()
+        assert score.topk_logprobs == pytest.approx(values.numpy(), abs=1e-4)
+        assert (score.logprobs.dtype, score.topk_ids.dtype, score.topk_logprobs.dtype) == (np.float32, np.int32, np.float32)
+
+
+def test_given_ids_are_scored_in_place_of_the_models_own(folder) -> None:
+    samples = sample_all(folder, top_k=4)
+    responses, ids = [samples[i].token_ids for i in range(5)], [samples[i].topk_ids[:, ::-1] for i in range(5)]
+    scores = dict(engine(folder, batch_tokens=20).score(PROMPTS, responses, ids=ids))
+    for index, score in scores.items():
+        exact = exact_logprobs(PROMPTS[index], responses[index])
+        expected = exact.gather(1, torch.tensor(ids[index].copy(), dtype=torch.long))
+        assert score.topk_ids.tolist() == ids[index].tolist()
+        assert score.topk_logprobs == pytest.approx(expected.numpy(), abs=1e-4)
+        assert score.logprobs == pytest.approx(samples[index].logprobs, abs=1e-4)
 
 
 def test_scoring_what_was_sampled_gives_the_sampled_logprobs(folder) -> None:
@@ -88,16 +121,66 @@ def test_scoring_what_was_sampled_gives_the_sampled_logprobs(folder) -> None:
     scores = dict(engine(folder).score(PROMPTS, [samples[i].token_ids for i in range(5)]))
     for index, sample in samples.items():
         assert scores[index].logprobs == pytest.approx(sample.logprobs, abs=1e-4)
-        assert scores[index].topk_ids == []
+        assert scores[index].topk_ids.shape == scores[index].topk_logprobs.shape == (len(sample.token_ids), 0)
+
+
+def test_an_engine_follows_the_weights_of_its_model() -> None:
+    model = tiny_model()
+    following = TransformersEngine(model, vocab_size=SHARED, batch_size=5, batch_tokens=64)
+    before = dict(following.score(PROMPTS[:1], [[4, 5, 2]]))[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    after = dict(following.score(PROMPTS[:1], [[4, 5, 2]]))[0]
+    fresh = TransformersEngine(model, vocab_size=SHARED, batch_size=5, batch_tokens=64)
+    assert after.logprobs.tolist() == dict(fresh.score(PROMPTS[:1], [[4, 5, 2]]))[0].logprobs.tolist()
+    assert after.logprobs != pytest.approx(before.logprobs, abs=1e-3)
+
+
+def test_response_hidden_is_the_state_before_each_token_with_its_gradient() -> None:
+    """Against one unpadded pass a sequence: position P - 1 .. P + L - 2, and the same gradient of their sum of squares."""
+    responses = [[4, 5, 2], [6, 7, 8, 9, 2], [3], [2], [15, 14, 13, 12]]
+    model = tiny_model()
+    together = response_hidden(model, PROMPTS, responses)
+    together.square().sum().backward()
+    gradient = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+    model.zero_grad()
+    alone = [
+        model.model(torch.tensor([[*prompt, *response]])).last_hidden_state[0, len(prompt) - 1 : -1]
+        for prompt, response in zip(PROMPTS, responses, strict=True)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone))
+    torch.cat(alone).square().sum().backward()
+    torch.testing.assert_close(gradient, model.model.layers[0].mlp.up_proj.weight.grad)
 
 
 def test_draw_inverts_the_cumulative_distribution() -> None:
     """With p = (1/2, 0, 1/4, 1/4) a uniform number below 1/2 is token 0, below 3/4 token 2, else token 3, never token 1."""
     logits = torch.tensor([[0.5, 0.0, 0.25, 0.25]]).log().expand(6, 4)
-    tokens, logprobs, entropy = draw(logits, np.array([0.0, 0.4999, 0.5, 0.7499, 0.75, 1 - 2**-53]))
-    assert tokens.tolist() == [0, 0, 2, 2, 3, 3]
-    assert logprobs.exp().tolist() == pytest.approx([0.5, 0.5, 0.25, 0.25, 0.25, 0.25])
-    assert entropy.tolist() == pytest.approx([1.5 * np.log(2)] * 6)
+    drawn = draw(logits, torch.tensor([0.0, 0.4999, 0.5, 0.7499, 0.75, 1 - 2**-53], dtype=torch.float64), 1)
+    assert drawn.tokens_N.tolist() == [0, 0, 2, 2, 3, 3]
+    assert drawn.logprobs_N.exp().tolist() == pytest.approx([0.5, 0.5, 0.25, 0.25, 0.25, 0.25])
+    assert drawn.entropy_N.tolist() == pytest.approx([1.5 * np.log(2)] * 6)
+    assert (drawn.topk_ids_NK.tolist(), drawn.topk_logprobs_NK.exp().unique().tolist()) == ([[0]] * 6, [0.5])
+
+
+def test_draw_tells_rare_tokens_of_a_large_vocabulary_apart() -> None:
+    """Tokens of probability 1e-9 behind a nearly certain one: numbers 1e-9 apart draw neighbours, which float32 would merge."""
+    logits = torch.full((150_000,), np.log(1e-9))
+    logits[0] = 0.0
+    probabilities = logits.double().softmax(0)
+    wanted = torch.arange(70_000, 70_200)
+    drawn = draw(logits.expand(200, -1), probabilities[0] + (wanted.double() - 0.5) * probabilities[1])
+    assert drawn.tokens_N.diff().tolist() == [1] * 199
+    assert (drawn.tokens_N - wanted).abs().max() < 100  # the first token's probability is rounded to float32
+
+
+def test_uniform_numbers_are_splitmix64_and_depend_on_seed_and_place_alone() -> None:
+    """First numbers of seed 1234567 as published with the reference implementation (Vigna, splitmix64.c)."""
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    assert uniforms([1234567], 0, 5)[0].tolist() == [(number >> 11) * 2.0**-53 for number in published]
+    assert uniforms([5, 1234567], 3, 2)[1].tolist() == [(number >> 11) * 2.0**-53 for number in published[3:]]
+    assert uniforms([2**64 - 1], 0, 1) < 1
 
 
 def test_token_batches_hold_everything_once_within_the_budget() -> None:
@@ -122,8 +205,16 @@ def test_an_architecture_that_caps_its_logits_is_refused() -> None:
         vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
         head_dim=8, final_logit_softcapping=0.1, initializer_range=1.0,
     )  # fmt: skip
-    with pytest.raises(InputError, match="changes its logits"):
+    with pytest.raises(InputError, match="changes them after the output layer"):
         output_head(Gemma2ForCausalLM(config).eval())
+
+
+def test_an_output_layer_with_a_bias_is_refused() -> None:
+    config = PhiConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, partial_rotary_factor=1.0
+    )
+    with pytest.raises(InputError, match="adds a bias"):
+        output_head(PhiForCausalLM(config).eval())
 
 
 def test_an_unknown_engine_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,16 +68,25 @@ def test_a_long_parameter_is_whole_in_a_file() -> None:
 
 def test_step_points_count_what_is_not_finite() -> None:
     steps = [
-        {"step": 4, "branch": "general", "loss": 2.0, "kl": "Infinity", "note": "text", "cut": True},
-        {"step": 5, "branch": "domain", "loss": 1.0, "kl": math.nan},
-        {"step": 6, "branch": "domain", "loss": 0.5},
+        {"step": 4, "loss": 2.0, "branches": {"general": {"kl": "Infinity", "note": "text", "cut": True}}},
+        {"step": 5, "loss": 1.0, "branches": {"general": {"gap": 0.5}, "domain": {"kl": math.nan, "gap": 0.25}}},
+        {
+            "step": 6,
+            "loss": 0.5,
+            "branches": {},
+            "diagnostics": {"parameters": "a.0, a.9", "gradient/dot_a_b": -1.5, "a/gcg": 7},
+        },
     ]
     points, nonfinite_steps, names = step_points(steps, time_ms=7)
     assert {(p.name, p.value, p.step, p.time_ms) for p in points} == {
-        ("general/loss", 2.0, 4, 7),
+        ("loss", 2.0, 4, 7),
         ("general/cut", 1.0, 4, 7),
-        ("domain/loss", 1.0, 5, 7),
-        ("domain/loss", 0.5, 6, 7),
+        ("loss", 1.0, 5, 7),
+        ("general/gap", 0.5, 5, 7),
+        ("domain/gap", 0.25, 5, 7),
+        ("loss", 0.5, 6, 7),
+        ("gradient/dot_a_b", -1.5, 6, 7),
+        ("a/gcg", 7.0, 6, 7),
     }
     assert (nonfinite_steps, names) == (2, {"general/kl", "domain/kl"})
 
@@ -99,21 +109,55 @@ def test_entries_follow_the_store(tmp_path: Path) -> None:
 def test_a_round_tells_steps_and_stages(tmp_path: Path) -> None:
     store = Store()
     plan = make_plan(str(tmp_path), store)
-    make_round(plan, store, 1, steps=[{**STEPS[0], "kl": "NaN"}, STEPS[1]])
+    branches = {"general": {**STEPS[0]["branches"]["general"], "kl": "NaN"}}
+    make_round(plan, store, 1, steps=[{**STEPS[0], "branches": branches}, STEPS[1]])
     entry = next(entry for entry in logbook.entries(plan, store) if entry.nested)
     facts = entry.facts()
     series = {(p.name, p.step): p.value for p in facts.points}
-    assert series["general/loss", 0] == 0.75
-    assert series["domain/loss", 1] == 0.25
+    assert series["loss", 0] == 0.75
+    assert series["general/gap", 0] == 0.5
+    assert series["domain/gap", 1] == 0.125
+    assert series["gradient/cosine_domain_general", 1] == -0.25
     summary = {p.name: (p.value, p.step) for p in facts.summary}
     assert summary["rollout/mean_length"] == (12.5, 1)
     assert summary["select/general/kept"] == (0.5, 1)
     assert summary["train/general/loss"] == (0.75, 1)
+    assert summary["token_share/general"] == (100 / 180, 1)
     assert summary["nonfinite_steps"] == (1.0, 1)
     assert facts.tags["camopd.nonfinite"] == "general/kl"
     assert facts.began_ms is not None
     assert facts.ended_ms is not None
     assert facts.began_ms <= facts.ended_ms
+
+
+def test_a_round_tells_what_is_there(tmp_path: Path) -> None:
+    """In one process a round leaves its checkpoint alone; of stages, a branch without a step in the round has no scores."""
+    store = Store()
+    plan = make_plan(str(tmp_path), store)
+    make_round(plan, store, 1)
+
+    def told_without(*names: str) -> set[str]:
+        for name in names:
+            shutil.rmtree(Path(plan.rounds[0], name))
+        facts = next(entry for entry in logbook.entries(plan, store) if entry.nested).facts()
+        assert facts.began_ms is not None
+        assert {name.removeprefix("camopd.content_id.") for name in facts.tags} & set(names) == set()
+        return {point.name.partition("/")[0] for point in facts.summary} - {"token_share", "nonfinite_steps"}
+
+    assert told_without("score-domain") == {"rollout", "score-general", "select", "train"}
+    assert told_without("rollout", "score-general", "select") == {"train"}
+
+
+def test_prompts_that_a_teacher_makes_up_are_no_data_set(tmp_path: Path) -> None:
+    store = Store()
+    plan = make_plan(str(tmp_path), store)
+    general = plan.recipe.branches[0].model_copy(update={"prompts": "teacher"})
+    recipe = plan.recipe.model_copy(update={"branches": (general, plan.recipe.branches[1])})
+    made = Plan(
+        **{**vars(plan), "recipe": recipe, "content_ids": {k: v for k, v in plan.content_ids.items() if k != "prompts/general"}}
+    )
+    facts = next(entry for entry in logbook.entries(made, store) if entry.key == "plan").facts()
+    assert [dataset.name for dataset in facts.datasets] == ["prompts-domain"]
 
 
 def test_settings_hold_no_tracking_uri(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from camopd import prepare
@@ -82,9 +83,10 @@ def test_the_plan(values: dict[str, Any]) -> None:
     assert plan.content_ids.keys() == {"student", "teacher/general", "teacher/domain", "prompts/general", "prompts/domain"}
     assert plan.content_ids["student"] == plan.content_ids["teacher/domain"]
     assert plan.warnings == ()
-    assert table(plan, "general")[1] == {"prompt_id": "g-1", "line": 2, "text": "leak heat", "token_ids": [6, 7]}
+    row = table(plan, "general")[1]
+    assert (row["prompt_id"], row["line"], row["text"], row["token_ids"].tolist()) == ("g-1", 2, "leak heat", [6, 7])
     assert table(plan, "domain")[0]["text"] == "user pump seal "
-    assert table(plan, "domain")[0]["token_ids"] == [3, 4, 5]
+    assert table(plan, "domain")[0]["token_ids"].tolist() == [3, 4, 5]
     assert preflight(plan)["branches"]["general"]["accepted"] == 4
     assert Plan.load(Store(), plan.run_uri) == plan
 
@@ -251,6 +253,18 @@ def test_a_template_that_cannot_be_used(values: dict[str, Any], tmp_path: Path, 
     assert problem.startswith("prompts.chat_template: ")
 
 
+def test_a_teacher_that_cannot_be_asked_for_prompts_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    values["branches"][0] |= {"prompts": "teacher", "teacher": str(model_folder(tmp_path / "bare", template=MESSAGES_TEMPLATE))}
+    (problem,) = problems_of(values)
+    assert problem.startswith("branches.general.teacher: its chat template puts no special token after the user's message")
+    turns = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    values["branches"][0]["teacher"] = str(model_folder(tmp_path / "able", template=turns))
+    plan = run(values)
+    assert plan.num_prompts == {"domain": 4}
+    assert "prompts/general" not in plan.content_ids
+    assert "teacher" in (Path(plan.run_uri) / "settings.md").read_text()
+
+
 # --- Prompts --------------------------------------------------------------------------------------------------------------
 
 
@@ -324,7 +338,7 @@ def test_batches_do_not_change_the_result(values: dict[str, Any], tmp_path: Path
     prompt_file(tmp_path / "general.jsonl", [{"id": i, "prompt": WORDS[i % 4]} for i in range(2500)])
     rows = table(run(values), "general")
     assert [row["prompt_id"] for row in rows] == [str(i) for i in range(2500)]
-    assert [row["token_ids"] for row in rows[:4]] == [row["token_ids"] for row in rows[2496:]]
+    assert np.array_equal([row["token_ids"] for row in rows[:4]], [row["token_ids"] for row in rows[2496:]])
 
 
 # --- Stores ---------------------------------------------------------------------------------------------------------------

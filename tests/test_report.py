@@ -2,18 +2,31 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
 
 from camopd.evaluate import Contestant, sample_rows, summarise
-from camopd.evaluation import report
+from camopd.evaluation import gradients, report
 from camopd.evaluation.charts import Point, lines
 from camopd.evaluation.harness import Answer
 from camopd.evaluation.report import Round
+from camopd.store import Store
+from tests import finished
 from tests.evaluation import EVIL, make_answers, make_plan, settings
 
-STEP = {"branch": "general", "loss": -0.1, "grad_norm": 1.0, "kept_ratio": 0.98, "gap": 0.5, "mean_length": 6.0}
+NUMBERS = {"kept_ratio": 0.98, "gap": 0.5, "mean_length": 6.0, "num_samples": 10, "num_selected": 4, "tokens": 24}
+DIAGNOSTICS = {
+    "parameters": "model.layers.0, model.layers.27",
+    "gradient/cosine_domain_general": -0.25,
+    "gradient/dot_domain_general": -1.5e-4,
+    "general/coherence_all": 0.5,
+    "general/coherence_selected": 0.75,
+    "general/gcg": 50.0,
+    "general/pair_cosine_all": 0.125,
+    "domain/coherence_all": 0.25,
+}
 SELECTED = {
     "num_samples": 10,
     "num_kept": 4,
@@ -46,7 +59,10 @@ def make_rounds(count=3, names=("general", "domain")):
             number=number,
             content_id=f"sha256:{number}",
             seconds={"rollout": 2.0, "score": 1.0, "select": 0.5, "train": 4.5},
-            steps=[STEP | {"step": 4 * number + i, "branch": name} for i, name in enumerate(names)],
+            steps=[
+                {"step": 4 * number + i, "loss": -0.1, "grad_norm": 1.0, "branches": {name: NUMBERS}}
+                for i, name in enumerate(names)
+            ],
             selection=dict.fromkeys(names, SELECTED),
         )
         for number in range(1, count + 1)
@@ -131,14 +147,68 @@ def test_without_metrics_of_rounds():
 
 
 def test_absent_and_infinite_metrics_of_steps_are_left_out():
+    of_general = [{}, {"gap": None}, {"gap": 0.5}, {"gap": float("inf")}]
+    steps = [{"step": step, "branches": {"general": numbers}} for step, numbers in enumerate(of_general)]
+    assert report.step_series(steps, "gap", ["general", "domain"]) == {"general": [Point(2, 0.5)], "domain": []}
+    assert Page(page(rounds=[Round(1, "sha256:1", {}, steps, {})])).tags.count("svg") == 3
+
+
+def test_a_step_of_two_branches_gives_a_point_to_each():
+    steps = [{"step": 7, "branches": {"general": {"gap": 0.5}, "domain": {"gap": 0.25}}}]
+    assert report.step_series(steps, "gap", ["general", "domain"]) == {"general": [Point(7, 0.5)], "domain": [Point(7, 0.25)]}
+
+
+def with_diagnostics(rounds):
+    for done, cosine in zip(rounds, (-0.25, 0.5, 0.125), strict=True):
+        done.steps[0]["diagnostics"] = DIAGNOSTICS | {"gradient/cosine_domain_general": cosine}
+    return rounds
+
+
+def test_gradients_have_a_section_where_they_were_measured():
+    assert "Gradients" not in [text.strip() for text in Page(page()).text]
+    parsed = Page(page(rounds=with_diagnostics(make_rounds())))
+    text = " ".join(" ".join(parsed.text).split())
+    assert "taken on model.layers.0, model.layers.27" in text
+    assert "Cosine domain and general -0.250 +0.125 +0.125 Below 0 the branches undo" in text
+    assert "Dot product domain and general -1.50e-04" in text
+    assert "GCG general +50.0 % +50.0 % +50.0 % Gradient coherence gain" in text
+    assert "Coherence, all general 0.500 0.500 0.500 Length of the" in text
+    assert parsed.tags.count("svg") == 7
+    spoken = [value for tag, name, value in parsed.attributes if (tag, name) == ("svg", "aria-label")]
+    assert "Cosine of the branches' gradients, by optimiser step: domain and general from -0.25 at 4 to 0.125 at 12." in spoken
+
+
+def test_measures_that_were_never_defined_have_no_line():
     steps = [
-        {"step": 0, "branch": "general"},
-        {"step": 1, "branch": "general", "gap": None},
-        {"step": 2, "branch": "general", "gap": 0.5},
+        {"step": 0, "branches": {"general": {"tokens": 5}}, "diagnostics": {"parameters": "all parameters", "general/gcg": 2.0}}
     ]
-    rounds = [Round(1, "sha256:1", {}, [*steps, {"step": 3, "branch": "general", "gap": float("inf")}], {})]
-    assert report.step_series(rounds, "gap", ["general", "domain"]) == {"general": [Point(2, 0.5)], "domain": []}
-    assert Page(page(rounds=rounds)).tags.count("svg") == 3
+    table = gradients.gradient_table(steps, ["general", "domain"])
+    assert [group["measure"].title for group in table] == ["GCG", "Token share"]
+    assert gradients.gradient_table([{"step": 0, "branches": {}}], ["general", "domain"]) == []
+
+
+def test_token_shares_add_up_over_the_run():
+    tokens = [{"general": 30}, {"general": 20, "domain": 30}, {"domain": 20}]
+    steps = [
+        {"step": step, "branches": {name: {"tokens": count} for name, count in own.items()}} for step, own in enumerate(tokens)
+    ]
+    assert gradients.token_shares(steps, ["general", "domain"]) == {
+        "general": [Point(0, 1.0), Point(1, 50 / 80), Point(2, 0.5)],
+        "domain": [Point(0, 0.0), Point(1, 30 / 80), Point(2, 0.5)],
+    }
+
+
+def test_rounds_are_read_as_far_as_they_are_there(tmp_path):
+    store = Store()
+    plan = finished.make_plan(str(tmp_path), store)
+    branches = {"general": {"num_samples": 8, "num_selected": 3, "tokens": 9}}
+    finished.make_round(plan, store, 1, steps=[{"step": 0, "branches": branches}, {"step": 1, "branches": branches}])
+    for name in ("rollout", "score-general", "score-domain", "select"):  # a recovery in one process
+        shutil.rmtree(tmp_path / plan.run_uri / "rounds" / "0001" / name)
+    (done,) = report.read_rounds(plan, store)
+    assert set(done.seconds) == {"train"}
+    (row,) = report.selection_table([done])
+    assert (row["num_samples"], row["num_kept"], row["share"], row["kept_mass"]) == (16, 6, 0.375, None)
 
 
 def test_three_branches_two_of_them_with_teachers_of_their_own():

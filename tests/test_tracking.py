@@ -138,7 +138,8 @@ def test_a_run_is_followed_from_stage_to_stage(uri: str, experiment: str, plan: 
     assert [run.info.run_name for run in nested] == ["round-0001", "round-0002"]
     assert [run.data.tags["camopd.round"] for run in nested] == ["1", "2"]
     assert {run.info.status for run in nested} == {"FINISHED"}
-    assert series(uri, nested[1])["general/loss"] == [(2, 0.75)]  # the step counts over all rounds
+    assert series(uri, nested[1])["general/gap"] == [(2, 0.5)]  # the step counts over all rounds
+    assert series(uri, nested[1])["gradient/cosine_domain_general"] == [(3, -0.25)]
     assert series(uri, parent)["train/general/loss"] == [(1, 0.75), (2, 0.75)]
     assert series(uri, parent)["evaluation/recovered_general"] == [(2, 0.61)]
     assert parent.data.tags["camopd.decision"] == "fail"
@@ -223,11 +224,11 @@ def test_an_injected_run_is_the_parent(
 
 @pytest.mark.slow
 def test_many_steps_go_in_bounded_requests(mlflow_proxy: Proxy, experiment: str, plan: Plan, store: Store) -> None:
-    steps = [{"step": i, "branch": "general", "loss": i / 7, "gap": 1.0, "tokens": i} for i in range(500)]
+    steps = [{"step": i, "loss": i / 7, "branches": {"general": {"gap": 1.0, "tokens": i}}} for i in range(500)]
     make_round(plan, store, 1, steps=steps)
     assert not sync(plan.run_uri, store=store, tracker=open_tracker(mlflow_proxy.uri, experiment)).problem
     _, (nested,) = runs(mlflow_proxy.uri, experiment)
-    assert len(series(mlflow_proxy.uri, nested)["general/loss"]) == 500
+    assert len(series(mlflow_proxy.uri, nested)["general/gap"]) == 500
     assert 4 <= sum("log-batch" in request for request in mlflow_proxy.requests) <= 12
 
 
@@ -287,7 +288,7 @@ def test_an_answer_that_got_lost_leaves_nothing_twice(
     mlflow_proxy.mode = "up"
     assert not sync(plan.run_uri, store=store, tracker=tracker).problem
     (_,), (nested,) = runs(mlflow_proxy.uri, experiment)
-    assert series(mlflow_proxy.uri, nested)["general/loss"] == [(0, 0.75)]
+    assert series(mlflow_proxy.uri, nested)["general/gap"] == [(0, 0.5)]
 
 
 @pytest.mark.slow

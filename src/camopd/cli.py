@@ -100,7 +100,8 @@ def score(
     from camopd.store import Store
 
     place = _place(round_uri)
-    names = [branch] if branch else [b.name for b in Plan.load(Store(), run_and_round(place)[0]).recipe.branches]
+    run_uri, number = run_and_round(place)
+    names = [branch] if branch else [b.name for b in Plan.load(Store(), run_uri).active_branches(number)]
     for name in names:
         _say(workflow.score(place, name))
 
@@ -168,15 +169,35 @@ def run(recipe: RecipeArgument, set_: SetOption = []) -> None:  # noqa: B006 (ty
 
     Example: `camopd run recipes/micro.toml -s seed=2`
     """
+    from camopd import workflow
+
+    _show(workflow.run(recipe, _parameters(set_)).uri)
+
+
+@app.command()
+def recover(recipe: RecipeArgument, set_: SetOption = []) -> None:  # noqa: B006 (typer copies it)
+    """Recover a model with everything in memory and a fresh batch for every update: the exact algorithm of the paper.
+
+    For one machine: no tables are written between sampling and update. Checkpoints, resume, evaluation and promotion are as in
+    `camopd run`. **Writes** under `<output>/<name>-<id>/`; the id differs from that of a run by stages.
+
+    Example: `camopd recover recipes/micro.toml -s method=mopd`
+    """
+    from camopd import workflow
+
+    _show(workflow.run(recipe, {**_parameters(set_), "execution": "colocated"}).uri)
+
+
+def _show(run_uri: str) -> None:
+    """What a finished run has come to."""
     from rich.console import Console
 
-    from camopd import workflow
     from camopd.outcome import print_result, result_of
     from camopd.plan import Plan
     from camopd.store import Store
 
     store = Store()
-    plan = Plan.load(store, workflow.run(recipe, _parameters(set_), store=store).uri)
+    plan = Plan.load(store, run_uri)
     result = result_of(plan, store)
     assert result is not None, "every stage is done, so there is a result"
     print_result(result, plan, Console(highlight=False, markup=False, soft_wrap=True))

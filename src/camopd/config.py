@@ -15,13 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic.fields import FieldInfo
 
 from camopd.errors import InputError, Problem
+from camopd.presets import Preset, presets
 from camopd.recipe.document import KeyPath, absolute, read_document
-from camopd.recipe.explain import explained
+from camopd.recipe.explain import did_you_mean, explained
 from camopd.recipe.parameters import AS_IN_RECIPE, apply_parameters
-from camopd.recipe.values import Alias, Float, Int, ModelName, Names, TrackingUri, Uri
+from camopd.recipe.values import TEACHER, Alias, Float, Int, ModelName, Names, PromptSource, TrackingUri, Uri
 from camopd.store import Store
 
-__all__ = ["AS_IN_RECIPE", "Branch", "Recipe", "cautions", "load_recipe"]
+__all__ = ["AS_IN_RECIPE", "TEACHER", "Branch", "Recipe", "cautions", "load_recipe"]
 
 
 class Section(BaseModel):
@@ -34,12 +35,16 @@ class Branch(Section):
     name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,30}$", description="Name in paths, metrics and reports.")
     role: Literal["recover", "retain"] = Field(description="Whether the gate asks for a gain or for no loss.")
     teacher: Uri | None = Field(None, description="Model that teaches the branch; none means the frozen student.")
-    prompts: Uri = Field(description="JSONL with `prompt` or `messages` rows, may be gzipped.")
+    prompts: PromptSource = Field(
+        description="JSONL with `prompt` or `messages` rows, may be gzipped; `teacher`: it makes up its own."
+    )
+    teacher_prompts: Float = Field(0.0, ge=0, le=1, description="Share of the prompts that the teacher makes up (Magpie).")
+    num_teacher_prompts: Int = Field(10_000, ge=1, description="How many prompts it makes up, before they come round again.")
     tasks: Names = Field((), description="lm-eval tasks whose mean is this branch's score.")
-    steps: Int = Field(1, ge=1, description="Optimiser steps in one cycle of the schedule.")
+    steps: Int = Field(1, ge=0, description="Optimiser steps in one cycle, or part of a mixed batch; 0 takes no part.")
     scale: Float = Field(1.0, gt=0, description="Factor r_b on the advantage.")
-    mass: Float = Field(0.8, gt=0, le=1, description="Share rho of the gap mass that selection keeps; 1 is no selection.")
-    score: Literal["absolute", "positive"] = Field("absolute", description="Gap of a token: |A| or max(A, 0).")
+    mass: Float = Field(1.0, gt=0, le=1, description="Share rho of the gap mass that selection keeps; 1 is no selection.")
+    score: Literal["absolute", "positive", "kl"] = Field("absolute", description="Gap of a token: |A|, max(A, 0), or exact KL.")
 
     @model_validator(mode="before")
     @classmethod
@@ -47,7 +52,20 @@ class Branch(Section):
         """A branch to retain looks only at what the student has lost against its teacher (method section 4)."""
         if isinstance(values, dict) and "score" not in values and values.get("role") == "retain":
             values = {**values, "score": "positive"}
+        if isinstance(values, dict) and values.get("prompts") == TEACHER:
+            values = {"teacher_prompts": 1.0, **values}
         return values
+
+    @field_validator("teacher_prompts")
+    @classmethod
+    def _all_without_a_file(cls, share: float, info: ValidationInfo) -> float:
+        if info.data.get("prompts") == TEACHER and share != 1:
+            raise ValueError(f'teacher_prompts {share:g} needs a prompt file beside it; with prompts = "teacher" leave it out')
+        return share
+
+    @property
+    def has_prompt_file(self) -> bool:
+        return self.prompts != TEACHER
 
 
 class Prompts(Section):
@@ -61,9 +79,10 @@ class Prompts(Section):
 
 
 class Rollout(Section):
-    """Sampling from the student, always at temperature 1 and top-p 1: on-policy."""
+    """Sampling, always at temperature 1 and top-p 1: on-policy."""
 
     engine: Literal["transformers"] = Field("transformers", description="What samples and scores.")
+    sampler: Literal["student", "teacher"] = Field("student", description="Who answers; the teacher does in off-policy KD.")
     prompts_per_step: Int = Field(512, ge=1, description="Prompts of one optimiser step.")
     samples_per_prompt: Int = Field(1, ge=1, description="Responses for each prompt.")
     max_new_tokens: Int = Field(32768, ge=1, description="Longest response, in tokens.")
@@ -75,8 +94,12 @@ class Rollout(Section):
 class Score(Section):
     """What the teachers say about the student's tokens."""
 
-    signal: Literal["sampled", "topk"] = Field("sampled", description="Log-probability of the sampled token, or top-k.")
-    top_k: Int = Field(8, ge=1, description="Teacher's tokens stored a position, with the mass left over.")
+    signal: Literal["sampled", "topk", "full"] = Field(
+        "sampled", description="Log-probability of the sampled token, top-k, or the whole vocabulary (colocated alone)."
+    )
+    top_k: Int = Field(8, ge=1, description="Tokens a position of the top-k signal; the rest is one more.")
+    top_k_of: Literal["teacher", "student"] = Field("teacher", description="Whose most likely tokens these are.")
+    empty_answers: Literal["skip", "score"] = Field("skip", description="Answers of an end token alone: left out, or scored.")
     floor: Float = Field(1e-3, ge=0, description="Mean gap, nats a token, up to which a batch is rounding: all is kept.")
     batch_tokens: Int = Field(16384, ge=1, description="Padded tokens in one forward pass.")
 
@@ -95,7 +118,8 @@ class Train(Section):
     )
     advantage_clip: Float | None = Field(None, gt=0, description="Clip on |A| in nats (MOPD clips at 5); none is CaMOPD.")
     batch_tokens: Int = Field(16384, ge=1, description="Padded tokens in one forward and backward pass.")
-    logprob_chunk: Int = Field(1024, ge=1, description="Positions whose logits are alive at once.")
+    logits_mib: Int = Field(64, ge=1, description="Size of the float32 logits that are alive at once, MiB.")
+    diagnose_every: Int = Field(8, ge=0, description="Updates between looks at the branches' gradients; 0 looks never.")
     max_engine_gap: Float = Field(0.1, gt=0, description="Mean |log p_engine - log p_trainer| that means stale weights.")
 
     @field_validator("ratio_high")
@@ -145,21 +169,41 @@ class Recipe(Section):
 
     name: str = Field("recovery", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$", description="First part of the run's folder.")
     notes: str = Field("", description="Free text kept with the run.")
+    method: str = Field("camopd", description="Preset that fills in what the recipe leaves out; see camopd.presets.")
+    mixing: Literal["alternating", "mixed"] = Field("alternating", description="One branch a step, or all in every step.")
     student: Uri = Field(description="The domain model to recover; a frozen copy teaches where a branch names no teacher.")
     output: Uri = Field("./runs", description="Folder or s3:// prefix under which the run's own folder is made.")
     seed: Int = Field(0, ge=0, description="Seed of sampling and of prompt order.")
     num_rounds: Int = Field(30, description="Times rollout, score, select and train are repeated.")
-    cycles_per_round: Int = Field(1, ge=1, description="Cycles of the schedule on the rollouts of one round.")
+    steps_per_round: Int = Field(4, ge=1, description="Optimiser steps on the rollouts of one round.")
+    execution: Literal["staged", "colocated"] = Field(
+        "staged", description="Rounds of stages, or one process with a fresh batch a step and a checkpoint a round."
+    )
     num_threads: Int | None = Field(None, ge=1, description="CPU threads; 1 makes runs bit-identical.")
     branches: tuple[Branch, ...] = Field(description="At least one to recover; see Branch.")
     prompts: Prompts = Prompts()
     rollout: Rollout = Rollout()
-    score: Score = Score()
+    score: Score = Field(Score(), validate_default=True)
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
     promote: Promote = Promote()
     tracking: Tracking = Tracking()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_from_preset(cls, values: Any) -> Any:
+        """Put the preset's values where the recipe has none. An unknown name is left for its own validator."""
+        method = values.get("method", "camopd") if isinstance(values, dict) else None
+        preset = presets().get(method) if isinstance(method, str) else None
+        return values if preset is None else _filled(values, preset)
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in presets():
+            raise ValueError(f"there is no method {name!r}; {did_you_mean(name, list(presets()))}")
+        return name
 
     @field_validator("num_rounds")
     @classmethod
@@ -176,7 +220,41 @@ class Recipe(Section):
             raise ValueError(f"branch names must differ, got {', '.join(names)}")
         if not any(branch.role == "recover" for branch in branches):
             raise ValueError('no branch has role = "recover": there is nothing to recover')
+        if not any(branch.steps for branch in branches if branch.role == "recover"):
+            raise ValueError('every branch with role = "recover" has steps = 0: nothing would be recovered')
         return branches
+
+    @field_validator("rollout")
+    @classmethod
+    def _prompts_for_all(cls, rollout: Rollout, info: ValidationInfo) -> Rollout:
+        """A branch whose part of a mixed batch is below one prompt would never be trained."""
+        parts = [branch.steps for branch in info.data.get("branches", ()) if branch.steps]
+        if info.data.get("mixing") == "mixed" and parts and rollout.prompts_per_step * min(parts) < sum(parts):
+            least = -(-sum(parts) // min(parts))
+            raise ValueError(
+                f"prompts_per_step {rollout.prompts_per_step} cannot be mixed {':'.join(map(str, parts))}; set at least {least}"
+            )
+        return rollout
+
+    @field_validator("score")
+    @classmethod
+    def _signal_fits(cls, score: Score, info: ValidationInfo) -> Score:
+        """The rule of some methods is defined for some signals only, and the whole vocabulary does not travel."""
+        method, branches = info.data.get("method"), info.data.get("branches", ())
+        allowed = presets()[method].signals if method else (score.signal,)
+        exact = [branch.name for branch in branches if branch.score == "kl" and branch.mass < 1]
+        problems = []
+        if score.signal not in allowed:
+            problems.append(f"method {method} is defined for signal {' or '.join(allowed)}, not {score.signal}")
+        if score.signal == "full" and info.data.get("execution") == "staged":
+            problems.append("signal full needs student and teacher in one process: use `camopd recover`, or topk")
+        if score.top_k_of == "student" and info.data.get("rollout", Rollout()).sampler == "teacher":
+            problems.append("top_k_of student needs answers that the student sampled; use teacher")
+        if exact and not (score.signal == "topk" and score.top_k_of == "student"):
+            problems.append(f"score kl of branch {exact[0]} needs signal topk with top_k_of student: both models' values")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return score
 
     def branch(self, name: str) -> Branch:
         """The branch of that name. Raises KeyError with the names that exist."""
@@ -188,6 +266,24 @@ class Recipe(Section):
     def teacher(self, branch: Branch) -> str:
         """URI of the branch's teacher: its own, or the frozen student."""
         return branch.teacher or self.student
+
+
+def _filled(values: Mapping[str, Any], preset: Preset) -> dict[str, Any]:
+    """The recipe's values on top of the preset's."""
+    filled = {"mixing": preset.mixing, **values}
+    if isinstance(values.get("rollout", {}), dict):
+        filled["rollout"] = {"sampler": preset.sampler, **values.get("rollout", {})}
+    branches = values.get("branches")
+    if isinstance(branches, list | tuple):
+        filled["branches"] = [_branch_filled(branch, preset) for branch in branches]
+    return filled
+
+
+def _branch_filled(branch: Any, preset: Preset) -> Any:
+    if not isinstance(branch, dict) or branch.get("role") not in ("recover", "retain"):
+        return branch  # a Branch that has its values, or a mistake that its validation names
+    role = branch["role"]
+    return {"steps": preset.steps[role], "scale": preset.scale[role], "mass": preset.mass[role], **branch}
 
 
 # --- Loading --------------------------------------------------------------------------------------------------------------
@@ -245,7 +341,7 @@ def _with_absolute_locations(values: Mapping[str, Any], base: str) -> dict[str, 
     places = [(resolved if len(path) == 1 else resolved.get(path[0]), path[-1]) for path in _LOCATIONS]
     places += [(entry, key) for entry in (branches if isinstance(branches, list) else []) for key in _BRANCH_LOCATIONS]
     for table, key in places:
-        if isinstance(table, dict) and isinstance(table.get(key), str):
+        if isinstance(table, dict) and isinstance(table.get(key), str) and (key, table[key]) != ("prompts", TEACHER):
             table[key] = absolute(table[key], base)
     return resolved
 

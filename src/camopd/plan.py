@@ -3,6 +3,7 @@
 <output>/<name>-<id>/            the run: the id is made of what shapes the weights, so the same wish finds the same run
     recipe.json                  the recipe as last asked for (rounds, evaluation, gate and promotion may change)
     plan/                        plan.json, prompts-<branch>.parquet: written once by prepare
+    teacher-prompts-<branch>/    prompts that a branch's teacher made up, where the recipe asks for them
     rounds/0001/                 one round; its prefix is what the pipeline's loop passes around
         rollout/ score-<branch>/ select/ train/      train/ is the checkpoint: a model folder with trainer state
     evaluation/<id>/             scores, samples, report.html, decision
@@ -14,11 +15,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from camopd.config import Branch, Recipe
 from camopd.errors import InputError, Problem
 from camopd.store import Store, digest, join, parent
+
+if TYPE_CHECKING:
+    from camopd.schedule import Schedule
 
 
 def plan_uri(run_uri: str) -> str:
@@ -61,20 +65,34 @@ def checkpoint_uri(round_uri: str) -> str:
     return join(round_uri, "train")
 
 
+def teacher_prompts_uri(run_uri: str, branch: str) -> str:
+    return join(run_uri, f"teacher-prompts-{branch}")
+
+
 def stop_uri(run_uri: str) -> str:
     return join(run_uri, "stop.json")
 
 
 def training_config(recipe: Recipe, content_ids: dict[str, str]) -> dict[str, Any]:
     """What shapes the weights, with locations replaced by content ids. Its digest names the run."""
-    config = recipe.model_dump(
-        mode="json", include={"seed", "cycles_per_round", "num_threads", "prompts", "rollout", "score", "train"}
-    )
+    shaping = {
+        "method",
+        "mixing",
+        "execution",
+        "seed",
+        "steps_per_round",
+        "num_threads",
+        "prompts",
+        "rollout",
+        "score",
+        "train",
+    }
+    config = recipe.model_dump(mode="json", include=shaping)
     config["student"] = content_ids["student"]
     config["prompts"]["chat_template"] = content_ids.get("chat_template")
     config["branches"] = [
         branch.model_dump(mode="json", exclude={"tasks", "role"})
-        | {"teacher": content_ids[f"teacher/{branch.name}"], "prompts": content_ids[f"prompts/{branch.name}"]}
+        | {"teacher": content_ids[f"teacher/{branch.name}"], "prompts": content_ids.get(f"prompts/{branch.name}")}
         for branch in recipe.branches
     ]
     return config
@@ -87,12 +105,14 @@ class Plan:
     Attributes:
         run_uri: the run's prefix.
         recipe: the recipe as last asked for.
-        content_ids: identity of ``student``, ``teacher/<branch>``, ``prompts/<branch>`` and, where set, ``chat_template``.
+        content_ids: identity of ``student``, ``teacher/<branch>`` and, where there is one, ``prompts/<branch>``,
+            ``chat_template``.
         vocab_size: token ids 0 .. vocab_size - 1 are shared by the tokenizer and all models; the rest is masked everywhere.
         eos_ids: token ids that end a response.
         pad_id: token id that fills a batch.
-        num_prompts: accepted prompts by branch.
+        num_prompts: accepted prompts of each branch's file.
         template_id: digest of the chat template and its switches; a stage that finds another refuses to start.
+        max_prompt_tokens: longest prompt that leaves room for the response in every model.
         warnings: sentences for the report.
     """
 
@@ -104,6 +124,7 @@ class Plan:
     pad_id: int
     num_prompts: dict[str, int]
     template_id: str
+    max_prompt_tokens: int
     warnings: tuple[str, ...] = field(default_factory=tuple)
 
     def to_json(self) -> str:
@@ -126,17 +147,29 @@ class Plan:
         return [round_uri(self.run_uri, number) for number in range(1, self.recipe.num_rounds + 1)]
 
     @property
-    def steps_per_cycle(self) -> int:
-        return sum(branch.steps for branch in self.recipe.branches)
+    def num_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.recipe.num_rounds * self.recipe.steps_per_round
 
-    @property
-    def steps_per_round(self) -> int:
-        """Optimiser steps in one round."""
-        return self.steps_per_cycle * self.recipe.cycles_per_round
+    def schedule(self, number: int) -> Schedule:
+        """Where the schedule stands when round ``number`` begins."""
+        from camopd.schedule import Schedule
+
+        return Schedule.of(self.recipe, (number - 1) * self.recipe.steps_per_round)
+
+    def active_branches(self, number: int) -> list[Branch]:
+        """The branches that have prompts in round ``number``."""
+        steps = self.schedule(number).ahead(self.recipe.steps_per_round)
+        names = {name for at in steps for name in at.active}
+        return [branch for branch in self.recipe.branches if branch.name in names]
 
     def student_uri(self, number: int) -> str:
         """The checkpoint that round ``number`` starts from: the domain model, or the round before."""
         return self.recipe.student if number == 1 else checkpoint_uri(round_uri(self.run_uri, number - 1))
+
+    def student_id(self, number: int, store: Store) -> str:
+        """Content id of that checkpoint."""
+        return self.content_ids["student"] if number == 1 else store.require(self.student_uri(number)).content_id
 
     def teacher_uri(self, branch: Branch) -> str:
         return self.recipe.teacher(branch)

@@ -56,7 +56,8 @@ def resolve(recipe: Recipe, store: Store) -> tuple[dict[str, str], list[Problem]
     for branch in recipe.branches:
         where = f"branches.{branch.name}"
         wanted[f"teacher/{branch.name}"] = (f"{where}.teacher" if branch.teacher else "student", recipe.teacher(branch))
-        wanted[f"prompts/{branch.name}"] = (f"{where}.prompts", branch.prompts)
+        if branch.has_prompt_file:
+            wanted[f"prompts/{branch.name}"] = (f"{where}.prompts", branch.prompts)
     if recipe.prompts.chat_template:
         wanted["chat_template"] = ("prompts.chat_template", recipe.prompts.chat_template)
     known: dict[str, str] = {}
@@ -135,13 +136,22 @@ def _write_plan(
     folder: Path, recipe: Recipe, content_ids: Mapping[str, str], earlier: list[Problem], store: Store
 ) -> dict[str, Any]:
     """Fill the plan's folder; returns the headline numbers. Raises InputError with the earlier problems and all new ones."""
-    from camopd.inputs.preflight import Findings, check_fit, check_models, compare_tokenizers, encode_branches, make_encoder
+    from camopd.inputs.preflight import (
+        Findings,
+        check_fit,
+        check_models,
+        check_teacher_prompts,
+        compare_tokenizers,
+        encode_branches,
+        make_encoder,
+    )
 
     found = Findings(list(earlier), list(cautions(recipe)) + _same_teachers(recipe, content_ids))
     with tempfile.TemporaryDirectory(prefix="camopd-") as scratch:
         models = check_models(_models(recipe, content_ids), store, Path(scratch), found)
         limit = check_fit(recipe, models, found)
         encoder = make_encoder(recipe, models, store, found)
+        found.problems += check_teacher_prompts(recipe, models, encoder)
         paths = {b.name: store.fetch(b.prompts) for b in recipe.branches if f"prompts/{b.name}" in content_ids}
         tallies = encode_branches(recipe, encoder, paths, limit=limit, folder=folder, found=found)
         compare_tokenizers(models, [text for tally in tallies.values() for text in tally.probes], found)
@@ -157,6 +167,7 @@ def _write_plan(
         pad_id=models.pad_id,
         num_prompts={name: tally.accepted for name, tally in tallies.items()},
         template_id=encoder.template_id,
+        max_prompt_tokens=limit,
         warnings=tuple(found.warnings),
     )
     (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")

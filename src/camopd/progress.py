@@ -1,7 +1,7 @@
-"""How far a stage is: one line every two seconds for people, or a JSON line for a program that shows it.
+"""How far a stage is: a line that counts up in a terminal, one every two seconds in a log, or JSON for a program that shows it.
 
 With CAMOPD_PROGRESS set to a file, each update is appended there as one JSON object: stage, round, rounds, branch, done,
-total, unit, tokens_per_second. Without it a line goes to standard error.
+total, unit, tokens_per_second. Without it the line goes to standard error.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class Progress:
         unit: what is counted: samples, steps, prompts.
         round_number: the round and ``num_rounds`` of how many, where the stage belongs to one.
         branch: the branch at work, where there is one; may change by ``advance``.
+        done: what an earlier attempt has finished.
     """
 
     def __init__(
@@ -32,31 +33,41 @@ class Progress:
         round_number: int = 0,
         num_rounds: int = 0,
         branch: str = "",
+        done: int = 0,
         every: float = 2.0,
     ) -> None:
         self._fixed = {"stage": stage, "round": round_number, "rounds": num_rounds, "unit": unit}
         self._total, self._branch, self._every = total, branch, every
-        self._done = self._tokens = 0
+        self._before = self._done = done
+        self._tokens, self._note = 0, ""
         self._begun = self._said = time.monotonic()
         self._say()
 
-    def advance(self, count: int, *, tokens: int = 0, branch: str | None = None) -> None:
-        """Add finished work; says so when the last word is long enough ago, and always at the end."""
+    def advance(self, count: int, *, tokens: int = 0, branch: str | None = None, note: str = "") -> None:
+        """Add finished work; says so when the last word is long enough ago, and always at the end.
+
+        Args:
+            count: finished since the last call, in ``unit``.
+            tokens: their tokens.
+            branch: the branch at work, when it has changed.
+            note: what else a person wants to see now.
+        """
         self._done += count
         self._tokens += tokens
         self._branch = self._branch if branch is None else branch
+        self._note = note
         if self._done >= self._total or time.monotonic() - self._said >= self._every:
             self._say()
 
     def _say(self) -> None:
         self._said = time.monotonic()
-        rate = self._tokens / max(self._said - self._begun, 1e-9)
+        seconds = max(self._said - self._begun, 1e-9)
         record = {
             **self._fixed,
             "branch": self._branch,
             "done": self._done,
             "total": self._total,
-            "tokens_per_second": round(rate, 1),
+            "tokens_per_second": round(self._tokens / seconds, 1),
             "time": time.time(),
         }
         target = os.environ.get("CAMOPD_PROGRESS")
@@ -64,7 +75,18 @@ class Progress:
             with open(target, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps(record) + "\n")
             return
-        where = f" round {record['round']}/{record['rounds']}" if record["round"] else ""
+        counts_up = sys.stderr.isatty()
+        end = "\n" if not counts_up or self._done >= self._total else ""
+        print(("\r\x1b[K" if counts_up else "") + self._line(seconds), end=end, file=sys.stderr, flush=True)
+
+    def _line(self, seconds: float) -> str:
+        """``recover: 37/192 steps, 410 tokens/s, 12 s left, gap general 0.832``"""
+        fixed = self._fixed
+        where = f" round {fixed['round']}/{fixed['rounds']}" if fixed["round"] else ""
         branch = f" {self._branch}" if self._branch else ""
-        speed = f", {rate:,.0f} tokens/s" if self._tokens else ""
-        print(f"{record['stage']}{where}{branch}: {self._done}/{self._total} {record['unit']}{speed}", file=sys.stderr)
+        parts = [f"{fixed['stage']}{where}{branch}: {self._done}/{self._total} {fixed['unit']}"]
+        if self._tokens:
+            parts.append(f"{self._tokens / seconds:,.0f} tokens/s")
+        if self._before < self._done < self._total:
+            parts.append(f"{seconds * (self._total - self._done) / (self._done - self._before):,.0f} s left")
+        return ", ".join(parts + [self._note] * bool(self._note))

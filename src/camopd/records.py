@@ -1,6 +1,7 @@
 """The tables between the stages: Prompt -> Rollout -> Scored -> Selection, and their Parquet schemas (docs/data.md).
 
-A row of the middle three is keyed by (prompt_id, sample_index), never by its position.
+A row of the middle three is keyed by (prompt_id, sample_index), never by its position. Token ids are int32 and
+log-probabilities float32 numpy arrays, (L,) or (L, K) for L tokens of a response.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def _schemas() -> dict[str, pa.Schema]:
                 ("prompt_ids", ids),
                 ("response_ids", ids),
                 ("logprobs", floats),
+                ("topk_ids", pa.list_(ids)),
+                ("student_topk_logprobs", pa.list_(floats)),
                 ("entropy", pa.float32()),
                 ("finish_reason", pa.string()),
                 ("text", pa.string()),
@@ -38,7 +41,6 @@ def _schemas() -> dict[str, pa.Schema]:
                 ("teacher_logprobs", floats),
                 ("topk_ids", pa.list_(ids)),
                 ("topk_logprobs", pa.list_(floats)),
-                ("tail_mass", floats),
             ]
         ),
         "selection": pa.schema(
@@ -63,32 +65,88 @@ def _schemas() -> dict[str, pa.Schema]:
 
 def write_table(path: Path, kind: str, rows: Iterable[Mapping[str, Any]], metadata: Mapping[str, str] | None = None) -> None:
     """Write rows under the schema ``kind``. The bytes depend on the rows and the pyarrow version alone."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = _schemas()[kind].with_metadata(dict(metadata or {}))
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd")
+    pq.write_table(_table(list(rows), schema), path, compression="zstd")
+
+
+def _table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    import pyarrow as pa
+
+    columns = [_column([row.get(field.name) for row in rows], field.type) for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _column(values: Sequence[Any], type_: pa.DataType) -> pa.Array:
+    """An array of the values, lists of numbers from numpy arrays laid end to end: a round's top-k has millions of them."""
+    import numpy as np
+    import pyarrow as pa
+
+    if not pa.types.is_list(type_):
+        return pa.array(values, type_)
+    item = type_.value_type
+    offsets = pa.array(np.cumsum([0, *(len(value) for value in values)]), pa.int32())  # refuses what int32 cannot count
+    if pa.types.is_list(item):  # (L, K) arrays, K the same in all rows
+        width = values[0].shape[1] if values else 0
+        assert all(value.shape[1] == width for value in values), "the rows of one table have the same K"
+        flat = _flat([value.reshape(-1) for value in values], item.value_type)
+        inner_offsets = pa.array(np.arange(offsets[-1].as_py() + 1) * width, pa.int32())
+        return pa.ListArray.from_arrays(offsets, pa.ListArray.from_arrays(inner_offsets, flat, type=item), type=type_)
+    return pa.ListArray.from_arrays(offsets, _flat(values, item), type=type_)
+
+
+def _flat(values: Sequence[Any], type_: pa.DataType) -> pa.Array:
+    import numpy as np
+    import pyarrow as pa
+
+    return pa.array(np.concatenate([np.asarray(value) for value in values]) if values else [], type_)
 
 
 @contextlib.contextmanager
 def open_table(path: Path, kind: str) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
     """A table that is written batch by batch, for more rows than fit memory; each call appends a row group."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = _schemas()[kind]
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        yield lambda rows: writer.write_table(pa.Table.from_pylist(list(rows), schema=schema))
+        yield lambda rows: writer.write_table(_table(rows, schema))
 
 
 def read_table(path: Path, kind: str) -> list[dict[str, Any]]:
-    """Read the rows back as dictionaries, in the order they were written. Raises ValueError on another schema."""
+    """Read the rows back as dictionaries, in the order they were written, lists of numbers as numpy arrays.
+
+    Raises:
+        ValueError: another schema.
+    """
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
     if not table.schema.equals(_schemas()[kind]):
         raise ValueError(f"{path} does not hold the columns of a {kind} table: {table.schema.names}")
-    return table.to_pylist()
+    return _rows(table)
+
+
+def _rows(table: pa.Table) -> list[dict[str, Any]]:
+    columns = [_values(table.column(name).combine_chunks()) for name in table.schema.names]
+    return [dict(zip(table.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """Python values, or views into one numpy array where each value is a list of numbers (L,) or of lists (L, K)."""
+    import numpy as np
+    import pyarrow as pa
+
+    if not pa.types.is_list(column.type):
+        return column.to_pylist()
+    edges = column.offsets.to_numpy()
+    flat = column.flatten()
+    if pa.types.is_list(flat.type):
+        width = len(flat.flatten()) // len(flat) if len(flat) else 0
+        numbers = flat.flatten().to_numpy(zero_copy_only=False).reshape(len(flat), width)
+    else:
+        numbers = flat.to_numpy(zero_copy_only=False)
+    return np.split(numbers, edges[1:-1] - edges[0]) if len(column) else []
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -114,4 +172,4 @@ def read_prompts(path: Path, rows: Sequence[int]) -> list[dict[str, Any]]:
     table = file.read_row_groups(needed, columns=["prompt_id", "token_ids"])
     offset = dict(zip(needed, np.cumsum([0, *(sizes[g] for g in needed)]), strict=False))
     index = [int(offset[g] + row - starts[g]) for g, row in zip(group.tolist(), rows, strict=True)]
-    return table.take(pa.array(index)).to_pylist()
+    return _rows(table.take(pa.array(index)))

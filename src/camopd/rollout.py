@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from camopd import plan as layout
-from camopd.engines import Sample, load_engine
+from camopd import propose
+from camopd.config import Recipe
+from camopd.engines import Engine, Sample, load_engine
 from camopd.errors import UnhealthyRunError
 from camopd.plan import Plan
 from camopd.progress import Progress
 from camopd.records import read_prompts, write_table
 from camopd.runtime import set_threads
-from camopd.schedule import Schedule, prompt_slice, seed_of
+from camopd.schedule import Schedule, prompt_slice, seed_of, share_slice
 from camopd.store import Manifest, Store, join
 
+Row = dict[str, Any]
 
-def requests(plan: Plan, number: int) -> list[dict[str, Any]]:
-    """What round ``number`` samples: branch, optimiser step, row of the prompt table and sample index of each response.
+
+def requests(plan: Plan, start: Schedule, count: int, teacher_prompts: Mapping[str, int] | None = None) -> list[Row]:
+    """What ``count`` optimiser steps sample: branch, step, row of which prompt table, and sample index of each response.
 
     The sample index counts how often the run has sampled the prompt, so (prompt id, sample index) is unique in the run.
+
+    Args:
+        plan: the run's plan.
+        start: where the schedule stands.
+        count: optimiser steps.
+        teacher_prompts: prompts that a branch's teacher made up, where it did.
     """
-    per_step, repeats = plan.recipe.rollout.prompts_per_step, plan.recipe.rollout.samples_per_prompt
-    start = Schedule.of(plan.recipe.branches, (number - 1) * plan.steps_per_round)
-    wanted = []
-    for at in start.ahead(plan.steps_per_round):
-        rows = prompt_slice(
-            num_prompts=plan.num_prompts[at.active],
-            seed=plan.recipe.seed,
-            branch=at.active,
-            start=at.turns() * per_step,
-            count=per_step,
-        )
-        wanted += [
-            {"branch": at.active, "step": at.step, "row": row, "sample_index": epoch * repeats + repeat}
-            for row, epoch in rows
-            for repeat in range(repeats)
-        ]
+    wanted: list[Row] = []
+    for at in start.ahead(count):
+        for name, prompts in at.active.items():
+            made_up = share_slice(at.taken(name), prompts, plan.recipe.branch(name).teacher_prompts)
+            own = (at.taken(name) - made_up[0], prompts - made_up[1])
+            for table, (first, number) in (("file", own), ("teacher", made_up)):
+                size = plan.num_prompts.get(name, 0) if table == "file" else (teacher_prompts or {}).get(name, 0)
+                wanted += [
+                    {"branch": name, "step": at.step, "table": table, "row": row, "sample_index": sample_index}
+                    for row, sample_index in _picked(plan, name, table, size, first, number)
+                ]
     return wanted
 
 
-def is_empty(token_ids: Sequence[int], eos_ids: Sequence[int]) -> bool:
-    """A response without any token but end tokens: there is nothing a teacher could say about it."""
+def _picked(plan: Plan, branch: str, table: str, size: int, first: int, number: int) -> list[tuple[int, int]]:
+    """Row and sample index of the responses to a table's prompts at positions first .. first + number - 1."""
+    if not number:
+        return []
+    order = branch if table == "file" else f"{branch}/{table}"
+    rows = prompt_slice(num_prompts=size, seed=plan.recipe.seed, branch=order, start=first, count=number)
+    repeats = plan.recipe.rollout.samples_per_prompt
+    return [(row, epoch * repeats + repeat) for row, epoch in rows for repeat in range(repeats)]
+
+
+def is_empty(token_ids: Iterable[int], eos_ids: Sequence[int]) -> bool:
+    """A response without any token but end tokens."""
     return all(token in eos_ids for token in token_ids)
 
 
@@ -62,11 +77,14 @@ def health(rows: Sequence[Mapping[str, Any]], plan: Plan, first: Mapping[str, An
     numbers: dict[str, Any] = {}
     for branch in plan.recipe.branches:
         own = [row for row in rows if row["branch"] == branch.name]
+        if not own:
+            continue
         empty = sum(row["finish_reason"] == "empty" for row in own) / len(own)
         if empty > limits.max_empty_fraction:
             raise UnhealthyRunError(
                 f"{empty:.0%} of the student's responses on branch {branch.name!r} are empty, more than "
-                f"rollout.max_empty_fraction = {limits.max_empty_fraction:.0%}; check the chat template and the end tokens"
+                f"rollout.max_empty_fraction = {limits.max_empty_fraction:.0%}; check the chat template and the end tokens, "
+                'or, when it came slowly, set score.empty_answers = "score"'
             )
         length = sum(len(row["response_ids"]) for row in own) / len(own)
         usual = first.get(f"{branch.name}/mean_length", length)
@@ -86,11 +104,77 @@ def health(rows: Sequence[Mapping[str, Any]], plan: Plan, first: Mapping[str, An
 
 
 def finish_reason(sample: Sample, plan: Plan) -> str:
-    """``stop``, ``length``, ``empty`` (only end tokens) or ``invalid`` (an id the tokenizer does not have). Only the first
-    two are scored."""
+    """``stop``, ``length``, ``empty`` (only end tokens) or ``invalid`` (an id the tokenizer does not have)."""
     if any(token >= plan.vocab_size for token in sample.token_ids):
         return "invalid"
     return "empty" if is_empty(sample.token_ids, plan.eos_ids) else sample.finish_reason
+
+
+def teacher_prompts(plan: Plan, store: Store) -> dict[str, str]:
+    """Let the teachers make up what the recipe asks for, unless they have; content id of each table."""
+    asked = [branch for branch in plan.recipe.branches if branch.teacher_prompts and branch.steps]
+    return {f"teacher-prompts/{branch.name}": propose.run(plan, branch, store=store) for branch in asked}
+
+
+class PromptTables:
+    """Token ids of the prompts of every branch, from the plan and from what teachers made up."""
+
+    def __init__(self, plan: Plan, store: Store) -> None:
+        names = [branch.name for branch in plan.recipe.branches if branch.name in plan.num_prompts]
+        plan_uri = layout.plan_uri(plan.run_uri)
+        self._paths = {(name, "file"): store.fetch(join(plan_uri, layout.prompts_file(name))) for name in names}
+        self.num_teacher_prompts: dict[str, int] = {}
+        for branch in plan.recipe.branches:
+            if branch.teacher_prompts and branch.steps:
+                uri = layout.teacher_prompts_uri(plan.run_uri, branch.name)
+                self.num_teacher_prompts[branch.name] = store.require(uri).metrics["accepted"]
+                self._paths[branch.name, "teacher"] = store.fetch(join(uri, "prompts.parquet"))
+
+    def fill(self, wanted: Sequence[Row]) -> None:
+        """Give each request its ``prompt_id`` and ``prompt_ids``."""
+        for key, path in self._paths.items():
+            own = [request for request in wanted if (request["branch"], request["table"]) == key]
+            for request, prompt in zip(own, read_prompts(path, [r["row"] for r in own]) if own else [], strict=True):
+                request |= {"prompt_id": prompt["prompt_id"], "prompt_ids": prompt["token_ids"]}
+
+
+def sample_rows(
+    engines: Mapping[str, Engine], wanted: Sequence[Row], plan: Plan, advance: Callable[[int], None] = lambda tokens: None
+) -> None:
+    """Sample a response to each request and put it there: token ids, log-probabilities, entropy and finish reason.
+
+    Args:
+        engines: who answers, by branch; one engine may stand for several branches, which are then sampled together.
+        wanted: requests with their prompts.
+        plan: the run's plan.
+        advance: told of the tokens of each finished response.
+    """
+    recipe = plan.recipe
+    top_k = min(recipe.score.top_k, plan.vocab_size) if asks_student(recipe) else 0
+    for engine in dict.fromkeys(engines.values()):
+        own = [request for request in wanted if engines[request["branch"]] is engine]
+        samples = engine.sample(
+            [request["prompt_ids"] for request in own],
+            [seed_of(recipe.seed, "rollout", r["branch"], r["prompt_id"], r["sample_index"]) for r in own],
+            max_new_tokens=recipe.rollout.max_new_tokens,
+            eos_ids=plan.eos_ids,
+            top_k=top_k,
+        )
+        for index, sample in samples:
+            own[index] |= {
+                "response_ids": sample.token_ids,
+                "logprobs": sample.logprobs,
+                "topk_ids": sample.topk_ids,
+                "student_topk_logprobs": sample.topk_logprobs,
+                "entropy": sample.entropy,
+                "finish_reason": finish_reason(sample, plan),
+            }
+            advance(len(sample.token_ids))
+
+
+def asks_student(recipe: Recipe) -> bool:
+    """Whether the top-k signal is over the student's own most likely tokens."""
+    return recipe.score.signal == "topk" and recipe.score.top_k_of == "student"
 
 
 def run(round_uri: str, *, store: Store | None = None) -> Manifest:
@@ -106,32 +190,20 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
     store = store or Store()
     run_uri, number = layout.run_and_round(round_uri)
     plan = Plan.load(store, run_uri)
-    student_uri = plan.student_uri(number)
     inputs = {
         "plan": store.require(layout.plan_uri(run_uri)).content_id,
-        "student": plan.content_ids["student"] if number == 1 else store.require(student_uri).content_id,
+        "student": plan.student_id(number, store),
     }
+    inputs |= teacher_prompts(plan, store)
     recipe = plan.recipe
 
     def write(folder: Path) -> dict[str, Any]:
         from transformers import AutoTokenizer
 
         set_threads(recipe.num_threads)
-        wanted = requests(plan, number)
-        for branch in recipe.branches:
-            table = store.fetch(join(layout.plan_uri(run_uri), layout.prompts_file(branch.name)))
-            own = [request for request in wanted if request["branch"] == branch.name]
-            for request, prompt in zip(own, read_prompts(table, [r["row"] for r in own]), strict=True):
-                request |= {"prompt_id": prompt["prompt_id"], "prompt_ids": prompt["token_ids"]}
-        path = store.fetch(student_uri)
-        tokenizer = AutoTokenizer.from_pretrained(store.fetch(recipe.student), local_files_only=True)
-        engine = load_engine(
-            recipe.rollout.engine,
-            path,
-            vocab_size=plan.vocab_size,
-            batch_size=recipe.rollout.batch_size,
-            batch_tokens=recipe.score.batch_tokens,
-        )
+        tables = PromptTables(plan, store)
+        wanted = requests(plan, plan.schedule(number), recipe.steps_per_round, tables.num_teacher_prompts)
+        tables.fill(wanted)
         progress = Progress(
             "rollout",
             total=len(wanted),
@@ -140,25 +212,34 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
             num_rounds=recipe.num_rounds,
             branch="all branches",
         )
-        samples = engine.sample(
-            [request["prompt_ids"] for request in wanted],
-            [seed_of(recipe.seed, "rollout", r["branch"], r["prompt_id"], r["sample_index"]) for r in wanted],
-            max_new_tokens=recipe.rollout.max_new_tokens,
-            eos_ids=plan.eos_ids,
-        )
-        for index, sample in samples:
-            wanted[index] |= {
-                "response_ids": sample.token_ids,
-                "logprobs": sample.logprobs,
-                "entropy": sample.entropy,
-                "finish_reason": finish_reason(sample, plan),
-                "text": tokenizer.decode(sample.token_ids, skip_special_tokens=True),
-            }
-            progress.advance(1, tokens=len(sample.token_ids))
+        sample_rows(_engines(plan, number, store), wanted, plan, lambda tokens: progress.advance(1, tokens=tokens))
+        tokenizer = AutoTokenizer.from_pretrained(store.fetch(recipe.student), local_files_only=True)
+        for row in wanted:
+            row["text"] = tokenizer.decode(row["response_ids"], skip_special_tokens=True)
         first = store.require(layout.rollout_uri(layout.round_uri(run_uri, 1))).metrics if number > 1 else {}
         numbers = health(wanted, plan, first)
         write_table(folder / "rollouts.parquet", "rollouts", wanted, {"template_id": plan.template_id})
         return numbers | {"num_samples": len(wanted), "tokens": sum(len(row["response_ids"]) for row in wanted)}
 
-    config = recipe.rollout.model_dump(mode="json") | {"seed": recipe.seed, "cycles_per_round": recipe.cycles_per_round}
+    config = recipe.rollout.model_dump(mode="json") | {"seed": recipe.seed, "steps_per_round": recipe.steps_per_round}
+    config |= {"cycle": Schedule.of(recipe).cycle, "top_k": recipe.score.top_k if asks_student(recipe) else 0}
     return store.produce(layout.rollout_uri(round_uri), stage="rollout", config=config, inputs=inputs, write=write)
+
+
+def _engines(plan: Plan, number: int, store: Store) -> dict[str, Engine]:
+    """Who answers each branch's prompts: the round's student, or the branch's teacher. Each model is loaded once."""
+    by_teacher, student = plan.recipe.rollout.sampler == "teacher", plan.student_uri(number)
+    uris = {branch.name: plan.teacher_uri(branch) if by_teacher else student for branch in plan.active_branches(number)}
+    engines = {uri: engine_at(plan, uri, store) for uri in dict.fromkeys(uris.values())}
+    return {name: engines[uri] for name, uri in uris.items()}
+
+
+def engine_at(plan: Plan, uri: str, store: Store) -> Engine:
+    """The recipe's engine with the model at ``uri``."""
+    return load_engine(
+        plan.recipe.rollout.engine,
+        store.fetch(uri),
+        vocab_size=plan.vocab_size,
+        batch_size=plan.recipe.rollout.batch_size,
+        batch_tokens=plan.recipe.score.batch_tokens,
+    )

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from camopd import plan as layout
 from camopd.plan import Plan
@@ -22,18 +24,35 @@ from camopd.store import Manifest, Store, join
 Key = tuple[str, int]  # prompt id, sample index
 
 
-def gap_score(
-    teacher_logprobs: Sequence[float], student_logprobs: Sequence[float], rule: Literal["absolute", "positive"]
-) -> float:
+def gap_score(teacher_logprobs: np.ndarray, student_logprobs: np.ndarray, rule: Literal["absolute", "positive"]) -> float:
     """Mean over a response's tokens of |log pi_T - log pi_theta| or of max(log pi_T - log pi_theta, 0), in nats.
 
     Args:
-        teacher_logprobs: log-probability of each sampled token under the teacher, length L >= 1.
-        student_logprobs: the same under the student, length L.
+        teacher_logprobs: log-probability of each sampled token under the teacher (L,), L >= 1.
+        student_logprobs: the same under the student (L,).
         rule: ``absolute`` for a branch that recovers, ``positive`` for one that retains.
     """
-    gaps = [teacher - student for teacher, student in zip(teacher_logprobs, student_logprobs, strict=True)]
-    return math.fsum(abs(gap) if rule == "absolute" else max(gap, 0.0) for gap in gaps) / len(gaps)
+    gaps = np.asarray(teacher_logprobs, np.float64) - np.asarray(student_logprobs, np.float64)
+    return float(np.mean(np.abs(gaps) if rule == "absolute" else np.maximum(gaps, 0)))
+
+
+def kl_score(teacher_logprobs: np.ndarray, student_logprobs: np.ndarray) -> float:
+    """Mean over a response's tokens of KL(student || teacher) over K tokens and one bucket for the rest, in nats.
+
+    In place of the one gap that happened to be sampled, its expectation (method section 8).
+
+    Args:
+        teacher_logprobs: of the student's K most likely tokens at each position (L, K), L >= 1.
+        student_logprobs: the same under the student (L, K).
+    """
+    student, teacher = (_with_tail(np.asarray(values, np.float64)) for values in (student_logprobs, teacher_logprobs))
+    return max(float(np.mean(np.sum(np.exp(student) * (student - teacher), -1))), 0.0)
+
+
+def _with_tail(logprobs: np.ndarray) -> np.ndarray:
+    """Add one column for the probability that is left over."""
+    tail = np.log(np.clip(1 - np.exp(logprobs).sum(-1, keepdims=True), 1e-9, None))
+    return np.concatenate([logprobs, tail], -1)
 
 
 @dataclass(frozen=True)
@@ -95,10 +114,16 @@ def _mean(values: Iterable[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
-def select_rows(
-    rollouts: Iterable[Mapping[str, Any]], scored: Mapping[Key, Mapping[str, Any]], plan: Plan
-) -> list[dict[str, Any]]:
+def sample_score(sample: Mapping[str, Any], scored: Mapping[str, Any], rule: Literal["absolute", "positive", "kl"]) -> float:
+    """The gap of one sample by the branch's rule."""
+    if rule == "kl":
+        return kl_score(scored["topk_logprobs"], sample["student_topk_logprobs"])
+    return gap_score(scored["teacher_logprobs"], sample["logprobs"], rule)
+
+
+def select_rows(rollouts: Iterable[Mapping[str, Any]], scored: Iterable[Mapping[str, Any]], plan: Plan) -> list[dict[str, Any]]:
     """Selection of a round: every (step, branch) batch by itself, in rank order. Samples without a score are left out."""
+    teachers = {(row["branch"], row["prompt_id"], row["sample_index"]): row for row in scored}
     rows = []
     by_batch = itemgetter("step", "branch")
     for (step, name), batch in groupby(sorted(rollouts, key=by_batch), key=by_batch):
@@ -106,9 +131,10 @@ def select_rows(
         lengths, scores = {}, {}
         for sample in batch:
             key = (sample["prompt_id"], sample["sample_index"])
-            if key in scored:
+            teacher = teachers.get((name, *key))
+            if teacher is not None:
                 lengths[key] = len(sample["response_ids"])
-                scores[key] = gap_score(scored[key]["teacher_logprobs"], sample["logprobs"], branch.score)
+                scores[key] = sample_score(sample, teacher, branch.score)
         for (prompt_id, sample_index), choice in select_by_mass(scores, branch.mass, floor=plan.recipe.score.floor).items():
             key = (prompt_id, sample_index)
             rows.append(
@@ -136,20 +162,16 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
         store: where to read and write.
     """
     store = store or Store()
-    run_uri, _ = layout.run_and_round(round_uri)
+    run_uri, number = layout.run_and_round(round_uri)
     plan = Plan.load(store, run_uri)
     rollout_uri = layout.rollout_uri(round_uri)
-    score_uris = {branch.name: layout.score_uri(round_uri, branch.name) for branch in plan.recipe.branches}
+    score_uris = {branch.name: layout.score_uri(round_uri, branch.name) for branch in plan.active_branches(number)}
     inputs = {"rollout": store.require(rollout_uri).content_id}
     inputs |= {f"score/{name}": store.require(uri).content_id for name, uri in score_uris.items()}
 
     def write(folder: Path) -> dict[str, Any]:
         rollouts = read_table(store.fetch(join(rollout_uri, "rollouts.parquet")), "rollouts")
-        scored = {
-            (row["prompt_id"], row["sample_index"]): row
-            for uri in score_uris.values()
-            for row in read_table(store.fetch(join(uri, "scored.parquet")), "scored")
-        }
+        scored = [row for uri in score_uris.values() for row in read_table(store.fetch(join(uri, "scored.parquet")), "scored")]
         rows = select_rows(rollouts, scored, plan)
         write_table(folder / "selection.parquet", "selection", rows)
         by_branch = itemgetter("branch")

@@ -6,12 +6,14 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,10 +21,12 @@ from transformers import PreTrainedModel
 
 from camopd import plan as layout
 from camopd.config import Recipe
-from camopd.engines.transformers import load_model, output_head, response_logprobs, token_batches
+from camopd.diagnostics import measure
+from camopd.engines.transformers import load_model, output_head, response_hidden, token_batches
 from camopd.errors import StoreError, UnhealthyRunError
-from camopd.losses import Head, Terms, sampled_token_loss, token_weights, topk_loss
+from camopd.losses import Full, Sampled, Statistics, Terms, TopK, chunked_objective, token_weights
 from camopd.plan import Plan
+from camopd.presets import presets
 from camopd.progress import Progress
 from camopd.records import read_table
 from camopd.runtime import set_threads
@@ -32,87 +36,137 @@ from camopd.store import Manifest, Store, join
 OPTIMIZER = "trainer/optimizer.safetensors"
 STATE = "trainer/state.json"
 STEPS = "steps.json"
+NOTHING_TRAINED = {"gap": 0.0, "kept_ratio": 1.0, "topk_mass": 1.0}  # of a branch none of whose samples were selected
 Row = Mapping[str, Any]
 
 
 # --- One update -----------------------------------------------------------------------------------------------------------
 
 
-def micro_batch_loss(
-    model: PreTrainedModel, head: Head, rows: Sequence[Row], *, recipe: Recipe, vocab_size: int, num_selected: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The micro-batch's part of the step's loss, and per-token sums for the metrics.
+def rows_loss(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    *,
+    recipe: Recipe,
+    vocab_size: int,
+    num_selected: int,
+    teacher: PreTrainedModel | None = None,
+) -> tuple[Tensor, Statistics]:
+    """The part of the step's loss that some samples of one branch make up, and what it saw at each token.
 
     Args:
         model: the student, in evaluation mode (a dropout would make the ratio to the engine meaningless).
-        head: its output layer.
-        rows: samples with prompt_ids, response_ids, logprobs (the engine's), teacher_logprobs or topk columns, and branch.
+        rows: samples of one branch with prompt_ids, response_ids, logprobs (the engine's) and what the signal needs.
         recipe: objective and limits.
         vocab_size: shared token ids.
         num_selected: selected samples of the whole step.
+        teacher: the branch's teacher in this process, for the full signal.
     """
+    prompts, responses = [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows]
 
-    def flat(column: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor([value for row in rows for value in row[column]], dtype=dtype, device=model.device)
+    def flat(column: str, kind: type = np.float32) -> Tensor:
+        return torch.from_numpy(np.concatenate([row[column] for row in rows]).astype(kind)).to(model.device)
 
-    topk = recipe.score.signal == "topk"
-    out = response_logprobs(
-        model,
-        head,
-        [row["prompt_ids"] for row in rows],
-        [row["response_ids"] for row in rows],
-        vocab_size=vocab_size,
-        chunk=recipe.train.logprob_chunk,
-        ids_TK=flat("topk_ids", torch.long) if topk else None,
+    branch, train = recipe.branch(rows[0]["branch"]), recipe.train
+    lengths = torch.tensor([len(response) for response in responses], device=model.device)
+    terms = Terms(
+        weight_T=token_weights(lengths, branch.scale, num_selected),
+        engine_T=None if recipe.rollout.sampler == "teacher" else flat("logprobs"),
+        ratio_low=train.ratio_low,
+        ratio_high=train.ratio_high,
+        rule=presets()[recipe.method].rule,
+        advantage_clip=train.advantage_clip,
     )
-    lengths = torch.tensor([len(row["response_ids"]) for row in rows], device=model.device)
-    scale = torch.tensor([recipe.branch(row["branch"]).scale for row in rows], device=model.device)
-    weight = token_weights(lengths, scale, num_selected)
-    terms = Terms(weight, flat("logprobs"), recipe.train.ratio_low, recipe.train.ratio_high)
-    if topk and out.chosen_TK is not None:
-        loss, sums = topk_loss(out.sampled_T, out.chosen_TK, flat("topk_logprobs"), flat("tail_mass"), terms)
-    else:
-        clip = recipe.train.advantage_clip
-        loss, sums = sampled_token_loss(out.sampled_T, flat("teacher_logprobs"), terms, advantage_clip=clip)
-    drift = (out.sampled_T.detach() - terms.engine_T).abs().sum()
-    return loss, sums | {"entropy": out.entropy_T.sum(), "engine_gap": drift}
+    return chunked_objective(
+        response_hidden(model, prompts, responses),
+        model.get_output_embeddings().weight,
+        flat("response_ids", np.int64),
+        _signal(rows, recipe, flat, teacher),
+        terms,
+        vocab_size=vocab_size,
+        logits_mib=train.logits_mib,
+    )
+
+
+def _signal(
+    rows: Sequence[Row], recipe: Recipe, flat: Callable[..., Tensor], teacher: PreTrainedModel | None
+) -> Sampled | TopK | Full:
+    """What the teacher says about the samples: from the table, or from the teacher itself."""
+    if recipe.score.signal == "sampled":
+        return Sampled(flat("teacher_logprobs"))
+    if recipe.score.signal == "topk":
+        return TopK(flat("topk_ids", np.int64), flat("topk_logprobs"))
+    assert teacher is not None, "the full signal needs the teacher in this process"
+    with torch.no_grad():
+        hidden = response_hidden(teacher, [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows])
+    return Full(hidden, teacher.get_output_embeddings().weight)
 
 
 def update(
     model: PreTrainedModel,
-    head: Head,
     optimizer: torch.optim.Optimizer,
     rows: Sequence[Row],
     *,
     recipe: Recipe,
     vocab_size: int,
-) -> dict[str, float]:
+    teachers: Mapping[str, PreTrainedModel] | None = None,
+) -> dict[str, Any]:
     """One optimiser step on the selected samples of one step; the parameters change only when everything is finite.
 
+    Args:
+        model: the student.
+        optimizer: of its parameters.
+        rows: the step's selected samples, of one branch or of several.
+        recipe: objective and limits.
+        vocab_size: shared token ids.
+        teachers: by branch, for the full signal.
+
     Returns:
-        loss, grad_norm (before clipping), and means over the selected tokens: kept_ratio (share with w_t > 0), gap, entropy,
-        engine_gap (|log p_engine - log p_trainer|).
+        loss, grad_norm (before clipping), means over the selected tokens: kept_ratio (share with w_t > 0), entropy, engine_gap
+        (|log p_engine - log p_trainer|); and ``branches`` with gap, kept_ratio, topk_mass and tokens of each.
 
     Raises:
         UnhealthyRunError: the loss or the gradient is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
-    total, sums = 0.0, dict.fromkeys(("kept", "gap", "entropy", "engine_gap"), 0.0)
-    for batch in token_batches([len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows], recipe.train.batch_tokens):
-        part = [rows[i] for i in batch]
-        loss, counts = micro_batch_loss(model, head, part, recipe=recipe, vocab_size=vocab_size, num_selected=len(rows))
-        loss.backward()
-        total += loss.item()
-        sums = {name: value + counts[name].item() for name, value in sums.items()}
+    total = 0.0
+    seen: dict[str, list[Statistics]] = {}
+    for name, own in groupby(sorted(rows, key=itemgetter("branch")), key=itemgetter("branch")):
+        part = list(own)
+        lengths = [len(row["prompt_ids"]) + len(row["response_ids"]) for row in part]
+        for batch in token_batches(lengths, recipe.train.batch_tokens):
+            loss, statistics = rows_loss(
+                model,
+                [part[i] for i in batch],
+                recipe=recipe,
+                vocab_size=vocab_size,
+                num_selected=len(rows),
+                teacher=(teachers or {}).get(name),
+            )
+            loss.backward()
+            total += loss.item()
+            seen.setdefault(name, []).append(statistics)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm).item()
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise UnhealthyRunError(
             f"loss {total} or gradient norm {norm} is not finite; lower train.learning_rate or look at the teachers' scores"
         )
     optimizer.step()
-    tokens = sum(len(row["response_ids"]) for row in rows)
-    means = {name: value / tokens for name, value in sums.items()}
-    return {"loss": total, "grad_norm": norm, "kept_ratio": means.pop("kept"), **means}
+    return {"loss": total, "grad_norm": norm, **token_means(seen)}
+
+
+def token_means(seen: Mapping[str, Sequence[Statistics]]) -> dict[str, Any]:
+    """Means over the step's tokens, and by branch."""
+
+    def mean(parts: Sequence[Statistics], column: str) -> float:
+        return torch.cat([getattr(part, column) for part in parts]).mean().item()
+
+    everything = [part for parts in seen.values() for part in parts]
+    whole = {"kept_ratio": "kept_T", "entropy": "entropy_T", "engine_gap": "drift_T"}
+    own = {"gap": "gap_T", "kept_ratio": "kept_T", "topk_mass": "covered_T"}
+    return {name: mean(everything, column) for name, column in whole.items()} | {
+        "branches": {branch: {name: mean(parts, column) for name, column in own.items()} for branch, parts in seen.items()}
+    }
 
 
 # --- State between rounds -------------------------------------------------------------------------------------------------
@@ -185,14 +239,14 @@ def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opti
 
 
 def selected_rows(rollouts: Iterable[Row], scored: Iterable[Row], selection: Iterable[Row]) -> dict[int, list[dict[str, Any]]]:
-    """The kept samples of each optimiser step with everything the loss needs, joined by (prompt id, sample index)."""
+    """The scored samples of each optimiser step with everything the loss needs and ``kept``, joined by key."""
 
     def key(row: Row) -> tuple[str, str, int]:
         return row["branch"], row["prompt_id"], row["sample_index"]
 
-    kept = {key(row) for row in selection if row["kept"]}
+    kept = {key(row): row["kept"] for row in selection}
     teachers = {key(row): row for row in scored}
-    rows = [{**teachers[key(row)], **row} for row in rollouts if key(row) in kept]
+    rows = [{**row, **teachers[key(row)], "kept": kept[key(row)]} for row in rollouts if key(row) in kept]
     by_step = itemgetter("step")
     return {step: list(group) for step, group in groupby(sorted(rows, key=by_step), key=by_step)}
 
@@ -208,6 +262,106 @@ def check_fresh(engine_gap: float, limit: float) -> None:
             f"mean |log p_engine - log p_trainer| is {engine_gap:.3f} nats before the round's first update, above "
             f"train.max_engine_gap = {limit}: the rollouts are not this checkpoint's; remove the round's rollout"
         )
+
+
+@dataclass
+class Trainer:
+    """The student and its optimiser between updates.
+
+    Attributes:
+        plan: the run's plan.
+        model: the student.
+        optimizer: of its parameters.
+        source: the folder that it was loaded from, with the tokenizer's files.
+        schedule: where the next update stands.
+        records: what each update since the last save had to tell.
+        teachers: by branch, for the full signal.
+        latest: the last batch of each branch since the last save, for the diagnostics.
+    """
+
+    plan: Plan
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    source: Path
+    schedule: Schedule
+    records: list[dict[str, Any]] = field(default_factory=list)
+    teachers: Mapping[str, PreTrainedModel] = field(default_factory=dict)
+    latest: dict[str, Sequence[Row]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, plan: Plan, number: int, store: Store) -> Trainer:
+        """Go on where round ``number`` begins: from the domain model, or from the checkpoint of the round before."""
+        recipe = plan.recipe
+        torch.manual_seed(seed_of(recipe.seed, "train", number))
+        folder = store.fetch(plan.student_uri(number))
+        model = load_model(folder)
+        output_head(model)  # refuses a head that the loss does not know
+        optimizer = make_optimizer(model, recipe)
+        done = load_state(folder, model, optimizer) if number > 1 else 0
+        schedule = plan.schedule(number)
+        assert done == schedule.step, "the checkpoint is not the round before's last step"
+        return cls(plan, model, optimizer, folder, schedule)
+
+    def step(self, batch: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
+        """One update, and its record.
+
+        Args:
+            batch: everything that was sampled for the step.
+            rows: what of it was scored, each row with ``kept``.
+
+        Raises:
+            UnhealthyRunError: nothing to train on, stale weights, or a loss that is not finite.
+        """
+        recipe = self.plan.recipe
+        kept = [row for row in rows if row["kept"]]
+        if not kept:
+            raise UnhealthyRunError(
+                f"step {self.schedule.step} has no response with anything to score; see the round's rollouts.parquet"
+            )
+        self.latest |= {
+            name: [row for row in rows if row["branch"] == name] for name in dict.fromkeys(row["branch"] for row in rows)
+        }
+        diagnostics = self._diagnostics()
+        numbers = update(
+            self.model, self.optimizer, kept, recipe=recipe, vocab_size=self.plan.vocab_size, teachers=self.teachers
+        )
+        if not self.records:
+            check_fresh(numbers["engine_gap"], recipe.train.max_engine_gap)
+        counts = batch_numbers(batch, kept)
+        branches = {name: own | numbers["branches"].get(name, NOTHING_TRAINED) for name, own in counts.items()}
+        tokens = sum(own["tokens"] for own in counts.values())
+        record = {"step": self.schedule.step, **numbers, "tokens": tokens, "branches": branches, **diagnostics}
+        self.records.append(record)
+        self.schedule = self.schedule.advance()
+        return self.records[-1]
+
+    def _diagnostics(self) -> dict[str, Any]:
+        """How the branches' gradients stand to each other before this update, when it is time to look."""
+        recipe, every = self.plan.recipe, self.plan.recipe.train.diagnose_every
+        if not every or (self.schedule.step + 1) % every:
+            return {}
+
+        def loss_of(row: Row) -> Tensor:
+            teacher = self.teachers.get(row["branch"])
+            return rows_loss(
+                self.model, [row], recipe=recipe, vocab_size=self.plan.vocab_size, num_selected=1, teacher=teacher
+            )[0]
+
+        return {"diagnostics": measure(self.model, self.latest, loss_of)}
+
+    def save(self, folder: Path, store: Store) -> dict[str, float]:
+        """Write the checkpoint, and ``steps.json`` of the updates since the last one. Returns their headline numbers.
+
+        Neither times nor what an earlier round left in memory go into it: a run that was stopped makes the same bytes.
+        """
+        used = join(layout.plan_uri(self.plan.run_uri), layout.TEMPLATE)
+        template = store.read(used) if store.stat(used) else None
+        seed = self.plan.recipe.seed
+        save_checkpoint(folder, self.model, self.optimizer, self.schedule, seed=seed, student=self.source, template=template)
+        (folder / STEPS).write_text(json.dumps(self.records, indent=1) + "\n")
+        numbers = headline(self.records)
+        self.records, self.latest = [], {}
+        return numbers
 
 
 def run(round_uri: str, *, store: Store | None = None) -> Manifest:
@@ -227,76 +381,72 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
     run_uri, number = layout.run_and_round(round_uri)
     plan = Plan.load(store, run_uri)
     recipe = plan.recipe
+    names = [branch.name for branch in plan.active_branches(number)]
     prefixes = {"rollout": layout.rollout_uri(round_uri), "select": layout.select_uri(round_uri)}
-    prefixes |= {f"score/{branch.name}": layout.score_uri(round_uri, branch.name) for branch in recipe.branches}
-    student_uri = plan.student_uri(number)
+    prefixes |= {f"score/{name}": layout.score_uri(round_uri, name) for name in names}
     inputs = {name: store.require(uri).content_id for name, uri in prefixes.items()}
-    inputs["student"] = plan.content_ids["student"] if number == 1 else store.require(student_uri).content_id
+    inputs["student"] = plan.student_id(number, store)
 
     def write(folder: Path) -> dict[str, Any]:
         begun = time.monotonic()
         set_threads(recipe.num_threads)
-        torch.manual_seed(seed_of(recipe.seed, "train", number))
-        student = store.fetch(student_uri)
-        model = load_model(student)
-        head, optimizer = output_head(model), make_optimizer(model, recipe)
-        done = load_state(student, model, optimizer) if number > 1 else 0
-        schedule = Schedule.of(recipe.branches, done)
-        assert done == (number - 1) * plan.steps_per_round, "the checkpoint is not the round before's last step"
-
+        trainer = Trainer.load(plan, number, store)
         rollouts = read_table(store.fetch(join(prefixes["rollout"], "rollouts.parquet")), "rollouts")
         scored = [
             row
-            for branch in recipe.branches
-            for row in read_table(store.fetch(join(prefixes[f"score/{branch.name}"], "scored.parquet")), "scored")
+            for name in names
+            for row in read_table(store.fetch(join(prefixes[f"score/{name}"], "scored.parquet")), "scored")
         ]
-        chosen = selected_rows(
-            rollouts, scored, read_table(store.fetch(join(prefixes["select"], "selection.parquet")), "selection")
-        )
-
+        selection = read_table(store.fetch(join(prefixes["select"], "selection.parquet")), "selection")
+        chosen = selected_rows(rollouts, scored, selection)
         progress = Progress(
-            "train", total=plan.steps_per_round, unit="steps", round_number=number, num_rounds=recipe.num_rounds
+            "train", total=recipe.steps_per_round, unit="steps", round_number=number, num_rounds=recipe.num_rounds
         )
-        steps: list[dict[str, Any]] = []
-        for at in schedule.ahead(plan.steps_per_round):
-            batch = [row for row in rollouts if row["step"] == at.step]
-            rows = chosen.get(at.step)
-            if not rows:
-                raise UnhealthyRunError(
-                    f"step {at.step} has no response with anything to score; see the round's rollouts.parquet"
-                )
-            numbers = update(model, head, optimizer, rows, recipe=recipe, vocab_size=plan.vocab_size)
-            if not steps:
-                check_fresh(numbers["engine_gap"], recipe.train.max_engine_gap)
-            steps.append({"step": at.step, "branch": at.active, **numbers, **batch_numbers(batch, rows)})
-            progress.advance(1, tokens=steps[-1]["tokens"], branch=at.active)
-        used = join(layout.plan_uri(run_uri), layout.TEMPLATE)
-        template = store.read(used) if store.stat(used) else None
-        save_checkpoint(folder, model, optimizer, at.advance(), seed=recipe.seed, student=student, template=template)
-        (folder / STEPS).write_text(json.dumps(steps, indent=1) + "\n")
-        return headline(steps) | {"tokens_per_second": sum(s["tokens"] for s in steps) / (time.monotonic() - begun)}
+        for at in plan.schedule(number).ahead(recipe.steps_per_round):
+            record = trainer.step([row for row in rollouts if row["step"] == at.step], chosen.get(at.step, []))
+            progress.advance(1, tokens=record["tokens"], branch=", ".join(at.active))
+        numbers = trainer.save(folder, store)
+        return numbers | {"tokens_per_second": numbers["tokens"] / (time.monotonic() - begun)}
 
+    return store.produce(
+        layout.checkpoint_uri(round_uri), stage="train", config=training_config(recipe), inputs=inputs, write=write
+    )
+
+
+def training_config(recipe: Recipe) -> dict[str, Any]:
+    """The settings that shape a round's updates."""
     config = recipe.train.model_dump(mode="json") | {"signal": recipe.score.signal, "num_threads": recipe.num_threads}
-    config |= {"cycle": Schedule.of(recipe.branches).cycle, "scale": {b.name: b.scale for b in recipe.branches}}
-    return store.produce(layout.checkpoint_uri(round_uri), stage="train", config=config, inputs=inputs, write=write)
+    scale = {branch.name: branch.scale for branch in recipe.branches}
+    return config | {"method": recipe.method, "cycle": Schedule.of(recipe).cycle, "scale": scale}
 
 
-def batch_numbers(batch: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
-    """Counts of one step: sampled and selected samples, tokens trained on, mean length and share cut of what was sampled."""
-    return {
-        "num_samples": len(batch),
-        "num_selected": len(rows),
-        "tokens": sum(len(row["response_ids"]) for row in rows),
-        "mean_length": sum(len(row["response_ids"]) for row in batch) / len(batch),
-        "cut_share": sum(row["finish_reason"] == "length" for row in batch) / len(batch),
-    }
+def batch_numbers(batch: Sequence[Row], rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Counts of one step by branch: sampled and selected samples, tokens trained on and the branch's share of them, mean
+    length and share cut of what was sampled."""
+    tokens = sum(len(row["response_ids"]) for row in rows)
+    numbers = {}
+    for name in dict.fromkeys(row["branch"] for row in batch):
+        sampled, trained = ([row for row in part if row["branch"] == name] for part in (batch, rows))
+        own = sum(len(row["response_ids"]) for row in trained)
+        numbers[name] = {
+            "num_samples": len(sampled),
+            "num_selected": len(trained),
+            "tokens": own,
+            "token_share": own / tokens,
+            "mean_length": sum(len(row["response_ids"]) for row in sampled) / len(sampled),
+            "cut_share": sum(row["finish_reason"] == "length" for row in sampled) / len(sampled),
+        }
+    return numbers
 
 
 def headline(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over the round's steps by branch, and the engine gap before the first update."""
+    """Means over the round's steps, by branch, and the engine gap before the first update."""
     numbers: dict[str, float] = {"engine_gap": steps[0]["engine_gap"], "num_steps": len(steps)}
-    for name in sorted({step["branch"] for step in steps}):
-        own = [step for step in steps if step["branch"] == name]
-        for key in ("loss", "gap", "grad_norm", "kept_ratio", "entropy", "mean_length"):
+    numbers["tokens"] = sum(step["tokens"] for step in steps)
+    for key in ("loss", "grad_norm", "kept_ratio", "entropy"):
+        numbers[key] = sum(step[key] for step in steps) / len(steps)
+    for name in sorted({name for step in steps for name in step["branches"]}):
+        own = [step["branches"][name] for step in steps if name in step["branches"]]
+        for key in ("gap", "kept_ratio", "topk_mass", "mean_length", "num_selected"):
             numbers[f"{name}/{key}"] = sum(step[key] for step in own) / len(own)
     return numbers

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from camopd import outcome as outcomes
 from camopd import plan as layout
 from camopd import rounds
-from camopd.config import load_recipe
-from camopd.errors import UnhealthyRunError
+from camopd.config import Recipe, load_recipe
+from camopd.errors import InputError, Problem, UnhealthyRunError
 from camopd.outcome import Recorded
 from camopd.plan import Plan
 from camopd.recipe.parameters import AS_IN_RECIPE
@@ -77,7 +77,10 @@ def prepare(recipe: str, parameters: Mapping[str, Any] | None = None, *, job: st
     if job:
         os.environ.setdefault("KFP_RUN_ID", job)  # tracking tags the attempt with it
     with outcomes.job_record(recipe, parameters.get("output_uri", AS_IN_RECIPE), job, store=store) as record:
-        plan = stage.run(load_recipe(recipe, parameters), store=store)
+        loaded = load_recipe(recipe, parameters)
+        if job:
+            require_stages(loaded)
+        plan = stage.run(loaded, store=store)
         record["run"] = plan.run_uri
     tracker = tracking.tracker_for(plan.recipe.tracking)
     tracking.alias_snapshot(plan.run_uri, store=store, tracker=tracker)
@@ -85,6 +88,13 @@ def prepare(recipe: str, parameters: Mapping[str, Any] | None = None, *, job: st
     plan_uri = layout.plan_uri(plan.run_uri)
     settings = store.read(join(plan.run_uri, "settings.md")).decode()
     return Done(plan.run_uri, headline(store.require(plan_uri).metrics), settings, rounds=plan.rounds)
+
+
+def require_stages(recipe: Recipe) -> None:
+    """Raises InputError for a recipe that is done in one process, which no pipeline can do."""
+    if recipe.execution == "colocated":
+        what, fix = "the pipeline works in stages", "set it to staged, or use `camopd recover` on one machine"
+        raise InputError([Problem("execution", what, fix)])
 
 
 def begin(round_uri: str, *, store: Store | None = None) -> str:
@@ -99,7 +109,8 @@ def rollout(round_uri: str, *, store: Store | None = None) -> Done:
     uri = layout.rollout_uri(round_uri)
     with _recorded(round_uri, "rollout", uri, store):
         manifest = stage.run(round_uri, store=store)
-    branches = Plan.load(store, layout.run_and_round(round_uri)[0]).recipe.branches
+    run_uri, number = layout.run_and_round(round_uri)
+    branches = Plan.load(store, run_uri).active_branches(number)
     return Done(uri, headline(manifest.metrics), score_uris=[layout.score_uri(round_uri, branch.name) for branch in branches])
 
 
@@ -185,20 +196,49 @@ def one_round(round_uri: str, *, store: Store | None = None) -> None:
 def run(recipe: str, parameters: Mapping[str, Any] | None = None, *, store: Store | None = None) -> Done:
     """All seven stages in this process, going on where an earlier call was stopped. Returns what ``promote`` did.
 
+    With ``execution = "colocated"`` the rounds are camopd.recover's: models stay in memory and every update has a fresh batch.
+
     Raises:
         InputError: bad input, before anything is started.
         UnhealthyRunError: the run stopped itself, now or in an earlier call.
     """
     store = store or Store()
     prepared = prepare(recipe, parameters, store=store)
-    for round_uri in prepared.rounds:
-        state = begin(round_uri, store=store)
-        if state == "stop":
-            raise UnhealthyRunError(outcomes.describe(prepared.uri, succeeded=False, store=store))
-        if state == "go":
-            one_round(round_uri, store=store)
+    plan = Plan.load(store, prepared.uri)
+    train_all = _colocated if plan.recipe.execution == "colocated" else _staged
+    train_all(plan, store)
     evaluate(prepared.uri, store=store)
     return promote(prepared.uri, store=store)
+
+
+def _staged(plan: Plan, store: Store) -> None:
+    for round_uri in plan.rounds:
+        if _may_start(round_uri, plan, store):
+            one_round(round_uri, store=store)
+
+
+def _colocated(plan: Plan, store: Store) -> None:
+    from camopd import tracking
+    from camopd.recover import Session
+
+    tracker = tracking.tracker_for(plan.recipe.tracking)
+    session: Session | None = None
+    for number, round_uri in enumerate(plan.rounds, 1):
+        if not _may_start(round_uri, plan, store):
+            session = None  # another process may have finished it meanwhile: what is in memory is not its checkpoint
+            continue
+        with _recorded(round_uri, "train", layout.checkpoint_uri(round_uri), store):
+            session = session or Session(plan, number, store)
+            session.round(number)
+        tracking.sync(plan.run_uri, store=store, tracker=tracker)
+
+
+def _may_start(round_uri: str, plan: Plan, store: Store) -> bool:
+    """Whether a round is to be done. Raises UnhealthyRunError when the run has stopped itself."""
+    state = begin(round_uri, store=store)
+    if state == "stop":
+        raise UnhealthyRunError(outcomes.describe(plan.run_uri, succeeded=False, store=store))
+    return state == "go"
 
 
 def outcome(recipe: str, output_uri: str, *, job: str, succeeded: bool, store: Store | None = None) -> str:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 CAMOPD = Path(sys.executable).with_name("camopd")
 SMALL = {
     "num_rounds": "2",
-    "cycles_per_round": "1",
+    "steps_per_round": "4",
     "rollout.prompts_per_step": "12",
     "evaluate.limit": "12",
     "evaluate.curve_points": "0",

@@ -34,7 +34,7 @@ def small_recipe(prefix: str) -> str:
         .replace('"../examples/', f'"{prefix}/')
         .replace('"../runs"', f'"{prefix}/runs"')
     )
-    for key, value in {"num_rounds": 2, "cycles_per_round": 1, "prompts_per_step": 12}.items():
+    for key, value in {"num_rounds": 2, "steps_per_round": 4, "prompts_per_step": 12}.items():
         text, found = re.subn(rf"^{key} = \d+", f"{key} = {value}", text, flags=re.MULTILINE)
         assert found == 1, key
     text = text.replace("[evaluate]", "[evaluate]\nlimit = 12\ncurve_points = 0\nbootstrap = 200")
@@ -81,11 +81,12 @@ def test_three_branches_with_two_domain_teachers(tmp_path, monkeypatch) -> None:
         'tasks = ["micro_seen"]\nmass = 1.0\n\n[rollout]',
     )
     (tmp_path / "three.toml").write_text(recipe)
-    camopd("run", str(tmp_path / "three.toml"), settings=SMALL | {"output": str(tmp_path / "runs"), "num_rounds": "1"})
+    one_cycle = {"output": str(tmp_path / "runs"), "num_rounds": "1", "steps_per_round": "5"}
+    camopd("run", str(tmp_path / "three.toml"), settings=SMALL | one_cycle)
     run_uri, store = the_run(str(tmp_path / "runs")), Store()
     (round_uri,) = Plan.load(store, run_uri).rounds
     steps = json.loads(store.read(f"{layout.checkpoint_uri(round_uri)}/steps.json"))
-    assert [step["branch"] for step in steps] == ["general", "general", "general", "domain", "style"]
+    assert [list(step["branches"]) for step in steps] == [["general"]] * 3 + [["domain"], ["style"]]
     summary = json.loads(store.read(f"{layout.select_uri(round_uri)}/summary.json"))
     assert summary["style"]["num_kept"] == summary["style"]["num_samples"]  # mass = 1
     (evaluation,) = (f for f in store.list(f"{run_uri}/evaluation") if f.name.endswith("evaluation.json"))

@@ -6,10 +6,11 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
 from camopd.errors import InputError
 from camopd.outcome import registered
-from pipelines.local import last_words, run_form
+from pipelines.local import last_words, recover, run_form
 
 LOG = """\
 10:00:00.100 - INFO - Executing task \x1b[96m'rollout'\x1b[0m
@@ -124,6 +125,13 @@ def test_killed_and_started_again_it_ends_like_an_unbroken_run(small_recipe, mlf
         text, _ = last.communicate()
     assert "Everything was done already; nothing was run." in text
     assert time.monotonic() - begun < 30
+
+
+def test_a_recovery_in_one_process_is_refused_before_anything_is_started(small_recipe, tmp_path):
+    small_recipe.write_text(f'execution = "colocated"\noutput = "{tmp_path}/runs"\n' + small_recipe.read_text())
+    with pytest.raises(InputError, match="execution: the pipeline works in stages"):
+        recover(str(small_recipe), [], Console())
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ def test_the_file_is_small_whatever_the_number_of_rounds(tmp_path, cpu):
 
 def test_a_default_run_needs_no_typing(cpu):
     parameters = cpu["root"]["inputDefinitions"]["parameters"]
-    assert len(parameters) == 13
+    assert len(parameters) == 14
     for name, parameter in parameters.items():
         assert parameter["defaultValue"] not in (None, ""), name
         assert parameter["parameterType"] in ("STRING", "BOOLEAN", "NUMBER_INTEGER", "NUMBER_DOUBLE"), name

@@ -72,6 +72,13 @@ def test_a_bad_value_is_named_by_its_field(case, field):
     assert problem.where == field
 
 
+def test_a_method_is_chosen_by_its_name():
+    recipe = load_recipe(RECIPE, form(method_name="mopd-3to1"))
+    assert (recipe.method, recipe.mixing, [branch.steps for branch in recipe.branches]) == ("mopd-3to1", "mixed", [3, 1])
+    with pytest.raises(InputError, match=r"method_name: .*did you mean 'camopd'"):
+        load_recipe(RECIPE, form(method_name="camodp"))
+
+
 def test_text_arrives_unchanged():
     assert loaded("quote and newline").notes == CASES["quote and newline"]["notes"]
 

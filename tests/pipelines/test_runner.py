@@ -13,10 +13,12 @@ import pytest
 from kfp import dsl
 
 from camopd import plan as layout
+from camopd import workflow
 from camopd.rounds import record_stop
 from camopd.store import Store
 from components.report_outcome import report_outcome
 from pipelines.runner import run_compiled
+from tests.integration.runs import weights
 
 pytestmark = [
     pytest.mark.slow,
@@ -86,6 +88,17 @@ def test_a_round_that_fails_in_the_middle_stops_the_run_and_is_taken_up_again(ru
     assert (release(folder)["status"], release(folder)["version"]) == ("promoted", 2), (
         "one version for one and for three rounds"
     )
+
+
+def test_a_round_without_a_domain_step_asks_no_domain_teacher(run, small_recipe, tmp_path):
+    """The cycle is G, G, G, D: of rounds of two steps the first has general prompts alone. `camopd run` makes the same."""
+    small_recipe.write_text("steps_per_round = 2\n" + small_recipe.read_text())
+    folder, outcome = run(method_num_rounds="2")
+    assert "finished" in outcome
+    assert rounds(1, 2) - manifests(folder) == {"rounds/0001/score-domain"}
+    here = workflow.run(str(small_recipe), {"output": str(tmp_path / "here"), "num_rounds": 2}).uri
+    assert weights(here) == weights(str(folder))
+    assert manifests(Path(here)) >= rounds(2)
 
 
 def test_the_exit_handler_takes_both_words_for_success(run, small_recipe, tmp_path):

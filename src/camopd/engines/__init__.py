@@ -1,4 +1,7 @@
-"""What samples from a model and what scores with it, behind one small interface."""
+"""What samples from a model and what scores with it, behind one small interface.
+
+Shape suffixes: L tokens of one response, K most likely tokens of a position. Log-probabilities are in nats.
+"""
 
 from __future__ import annotations
 
@@ -7,53 +10,86 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+TokenIds = Sequence[int] | NDArray[np.int32]  # of one prompt or one response
+
 
 @dataclass(frozen=True)
 class Sample:
     """One sampled response.
 
     Attributes:
-        token_ids: sampled ids, the end token included when one was sampled.
-        logprobs: log-probability of each under the distribution it was sampled from, nats.
+        token_ids: sampled ids, int32 (L,), the end token included when one was sampled.
+        logprobs: log-probability of each under the distribution it was sampled from, float32 (L,).
         entropy: mean entropy of those distributions, nats.
         finish_reason: ``stop`` at an end token, ``length`` at the limit.
+        topk_ids: the sampler's own K most likely tokens at each position, int32 (L, K); K is 0 when none were asked for.
+        topk_logprobs: their log-probabilities, float32 (L, K).
     """
 
-    token_ids: list[int]
-    logprobs: list[float]
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
     entropy: float
     finish_reason: str
+    topk_ids: NDArray[np.int32]
+    topk_logprobs: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model says about a given response of L tokens; the last three are empty when top_k is 0.
+    """What a model says about a given response; K is 0 when only the response's own tokens were asked for.
 
     Attributes:
-        logprobs: log-probability of each token, length L.
-        topk_ids: the model's k most likely tokens at each position, L by k.
-        topk_logprobs: their log-probabilities.
-        tail_mass: probability left over at each position, length L.
+        logprobs: log-probability of each token of the response, float32 (L,).
+        topk_ids: the given ids, or the model's own K most likely tokens at each position, int32 (L, K).
+        topk_logprobs: the model's log-probabilities of them, float32 (L, K).
     """
 
-    logprobs: list[float]
-    topk_ids: list[list[int]]
-    topk_logprobs: list[list[float]]
-    tail_mass: list[float]
+    logprobs: NDArray[np.float32]
+    topk_ids: NDArray[np.int32]
+    topk_logprobs: NDArray[np.float32]
 
 
 class Engine(Protocol):
     """A loaded model. Results come as (index of the request, result), in whatever order suits the engine."""
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, max_new_tokens: int, eos_ids: Sequence[int]
+        self,
+        prompts: Sequence[TokenIds],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        eos_ids: Sequence[int],
+        top_k: int = 0,
     ) -> Iterator[tuple[int, Sample]]:
-        """Sample one response a prompt at temperature 1; a response depends on its prompt and seed, not on its neighbours."""
+        """Sample one response a prompt at temperature 1; a response depends on its prompt and seed, not on its neighbours.
+
+        Args:
+            prompts: token ids of each prompt.
+            seeds: one number below 2**64 a prompt.
+            max_new_tokens: where a response is cut.
+            eos_ids: tokens that end a response.
+            top_k: how many of the sampler's own most likely tokens to give with each position.
+        """
 
     def score(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, top_k: int = 0
+        self,
+        prompts: Sequence[TokenIds],
+        responses: Sequence[TokenIds],
+        *,
+        top_k: int = 0,
+        ids: Sequence[NDArray[np.int32]] | None = None,
     ) -> Iterator[tuple[int, Scores]]:
-        """Log-probabilities of given responses, with the top k of each position when ``top_k`` is above 0."""
+        """Log-probabilities of given responses.
+
+        Args:
+            prompts: token ids of each prompt.
+            responses: token ids of each response.
+            top_k: how many of the model's own most likely tokens to give with each position.
+            ids: one (L, K) array a response of the tokens to give instead of the model's own top k.
+        """
 
 
 def load_engine(name: str, path: Path, *, vocab_size: int, batch_size: int, batch_tokens: int) -> Engine:
@@ -65,9 +101,13 @@ def load_engine(name: str, path: Path, *, vocab_size: int, batch_size: int, batc
         vocab_size: shared ids; the rest of the head is masked.
         batch_size: sequences decoded together.
         batch_tokens: padded tokens of one scoring pass.
+
+    Raises:
+        ValueError: an engine that does not exist.
+        InputError: a model that the engine does not take.
     """
     if name == "transformers":
-        from camopd.engines.transformers import TransformersEngine
+        from camopd.engines.transformers import TransformersEngine, load_model
 
-        return TransformersEngine(path, vocab_size=vocab_size, batch_size=batch_size, batch_tokens=batch_tokens)
+        return TransformersEngine(load_model(path), vocab_size=vocab_size, batch_size=batch_size, batch_tokens=batch_tokens)
     raise ValueError(f"rollout.engine {name!r} is not known; use transformers")

@@ -1,25 +1,31 @@
-"""The default engine: Hugging Face models, any machine. Also loads the model that `train` updates and `evaluate` asks."""
+"""The default engine: Hugging Face models, any machine. Also loads the model that `train` updates and `evaluate` asks.
+
+Shape suffixes: N sequences of a batch, S padded positions, T tokens of all responses laid end to end, D hidden width, V shared
+vocabulary, K most likely tokens.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from camopd.engines import Sample, Scores
+from camopd.engines import Sample, Scores, TokenIds
+from camopd.engines.cache import roomy_cache
 from camopd.errors import InputError, Problem
 from camopd.inputs.checks import nonfinite_parameters
-from camopd.losses import Head, TokenLogprobs, token_logprobs
+from camopd.losses import rows_at_once, token_logprobs
 
-Item = TypeVar("Item")
-SCORE_CHUNK = 1024  # positions whose logits are alive at once while scoring
+LOGITS_MIB = 64  # size of the float32 logits that are alive at once while scoring
 DRAWS = 64  # uniform numbers drawn at a time for each sequence
+MIN_LIVE = 0.75  # a batch is cut down to its unfinished sequences once no larger share is left: each cut copies the cache
 disable_progress_bar()  # bars for loading and saving shards, which no log needs
 
 
@@ -40,56 +46,46 @@ def load_model(path: Path) -> PreTrainedModel:
     return model.to(device()).eval()  # type: ignore[arg-type]
 
 
-def output_head(model: PreTrainedModel) -> Head:
-    """The layer from hidden states to logits.
+def output_head(model: PreTrainedModel) -> torch.nn.Linear:
+    """The layer from hidden states to logits, whose weight is all that the losses need.
 
     Raises:
-        InputError: the architecture changes its logits after that layer (soft caps, scales), which we would miss.
+        InputError: the layer has a bias, or the architecture changes its logits after it (soft caps, scales).
     """
     head = model.get_output_embeddings()
     probe = torch.arange(min(8, head.weight.shape[0]), device=model.device)[None]
     with torch.no_grad():
-        whole, ours = model(probe, use_cache=False).logits, head(hidden_states(model, probe, torch.ones_like(probe)))
-    if not torch.allclose(whole, ours, atol=1e-3):
-        what = f"{type(model).__name__} changes its logits after the output layer"
+        whole, ours = model(probe, use_cache=False).logits, hidden_states(model, probe) @ head.weight.mT
+    if head.bias is not None or not torch.allclose(whole, ours, atol=1e-3):
+        what = f"{type(model).__name__} adds a bias to its logits or changes them after the output layer"
         raise InputError([Problem(str(model.config.name_or_path), what, "only plain output layers are supported")])
     return head
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states (B, S, D); the attention mask (B, S) tells padding from text."""
-    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+def hidden_states(model: PreTrainedModel, input_ids_NS: Tensor) -> Tensor:
+    """Last hidden states (N, S, D) of rows padded on the right.
 
-
-def response_logprobs(
-    model: PreTrainedModel,
-    head: Head,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    *,
-    vocab_size: int,
-    chunk: int,
-    ids_TK: Tensor | None = None,
-    top_k: int = 0,
-) -> TokenLogprobs:
-    """Forward pass of one micro-batch, padded on the right; results for the response tokens alone, laid end to end.
-
-    Position p's hidden state predicts token p + 1, so a response of L tokens after a prompt of P is read at P - 1 .. P + L - 2.
+    There is no padding mask: attention is causal, so no token sees the padding that comes after it.
     """
-    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    width = max(map(len, rows))
-    where = model.device
-    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=where)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=where)
-    hidden = hidden_states(model, input_ids, mask)
-    at = [
-        n * width + position
-        for n, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
-        for position in range(len(prompt) - 1, len(row) - 1)
-    ]
-    hidden_td = hidden.flatten(0, 1)[torch.tensor(at, device=where)]
-    targets = torch.tensor([token for response in responses for token in response], device=where)
-    return token_logprobs(hidden_td, head, targets, vocab_size=vocab_size, chunk=chunk, ids_TK=ids_TK, top_k=top_k)
+    return model.base_model(input_ids=input_ids_NS, use_cache=False).last_hidden_state
+
+
+def response_hidden(model: PreTrainedModel, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> Tensor:
+    """Last hidden states that predict the response tokens, laid end to end (T, D), with gradient where it is enabled.
+
+    Position p predicts token p + 1, so a response of L tokens after a prompt of P is read at positions P - 1 .. P + L - 2.
+    """
+    starts = np.array([len(prompt) - 1 for prompt in prompts])
+    lengths = np.array([len(response) for response in responses])
+    width = int((starts + lengths).max())  # the last token of a row predicts nothing that is asked for
+    rows = np.zeros((len(prompts), width), np.int64)
+    for row, prompt, response in zip(rows, prompts, responses, strict=True):
+        row[: len(prompt)] = prompt
+        row[len(prompt) : len(prompt) + len(response) - 1] = response[:-1]
+    position = np.arange(width)
+    read = (position >= starts[:, None]) & (position < (starts + lengths)[:, None])
+    hidden = hidden_states(model, torch.from_numpy(rows).to(model.device))
+    return hidden.flatten(0, 1)[torch.from_numpy(read.ravel().nonzero()[0]).to(model.device)]
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -105,113 +101,192 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 class TransformersEngine:
-    """A model in memory. See ``camopd.engines.Engine`` for the two methods' contract."""
+    """A model in memory. See ``camopd.engines.Engine`` for the two methods' contract.
 
-    def __init__(self, path: Path, *, vocab_size: int, batch_size: int, batch_tokens: int) -> None:
-        self._model = load_model(path)
-        self._head = output_head(self._model)
+    Only a reference is kept: weights that training changes in place are the ones that sample and score next.
+
+    Args:
+        model: in evaluation mode, on its device.
+        vocab_size: shared ids; the rest of the head is masked.
+        batch_size: sequences decoded together.
+        batch_tokens: padded tokens of one scoring pass.
+
+    Raises:
+        InputError: a head that ``output_head`` refuses.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, vocab_size: int, batch_size: int, batch_tokens: int) -> None:
+        self._model, self._weight_VD = model, output_head(model).weight
         self._vocab_size, self._batch_size, self._batch_tokens = vocab_size, batch_size, batch_tokens
 
     @torch.inference_mode()
     def score(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, top_k: int = 0
+        self,
+        prompts: Sequence[TokenIds],
+        responses: Sequence[TokenIds],
+        *,
+        top_k: int = 0,
+        ids: Sequence[NDArray[np.int32]] | None = None,
     ) -> Iterator[tuple[int, Scores]]:
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
         for batch in token_batches(lengths, self._batch_tokens):
-            out = response_logprobs(
-                self._model,
-                self._head,
-                [prompts[i] for i in batch],
-                [responses[i] for i in batch],
-                vocab_size=self._vocab_size,
-                chunk=SCORE_CHUNK,
-                top_k=top_k,
-            )
-            counts = [len(responses[i]) for i in batch]
-            sampled = out.sampled_T.split(counts)
-            if out.chosen_TK is None or out.top_ids_TK is None:
-                yield from ((i, Scores(part.tolist(), [], [], [])) for i, part in zip(batch, sampled, strict=True))
-                continue
-            tail = (1 - out.chosen_TK.exp().sum(-1)).clamp_min(0)
-            parts = zip(
-                batch, sampled, out.top_ids_TK.split(counts), out.chosen_TK.split(counts), tail.split(counts), strict=True
-            )
-            yield from (
-                (i, Scores(own.tolist(), ids.tolist(), top.tolist(), rest.tolist())) for i, own, ids, top, rest in parts
-            )
+            given = None if ids is None else [ids[i] for i in batch]
+            scores = self._score_batch([prompts[i] for i in batch], [responses[i] for i in batch], top_k, given)
+            yield from zip(batch, scores, strict=True)
+
+    def _score_batch(
+        self,
+        prompts: Sequence[TokenIds],
+        responses: Sequence[TokenIds],
+        top_k: int,
+        ids: Sequence[NDArray[np.int32]] | None,
+    ) -> list[Scores]:
+        where = self._model.device
+        out = token_logprobs(
+            response_hidden(self._model, prompts, responses),
+            self._weight_VD,
+            torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(where),
+            vocab_size=self._vocab_size,
+            chunk=rows_at_once(self._vocab_size, LOGITS_MIB),
+            ids_TK=None if ids is None else torch.from_numpy(np.concatenate(ids).astype(np.int64)).to(where),
+            top_k=top_k,
+        )
+        lengths = [len(response) for response in responses]
+        nothing = torch.empty(sum(lengths), 0)
+        top_ids, top = (nothing if column is None else column for column in (out.top_ids_TK, out.chosen_TK))
+        own, own_ids, values = split([(out.sampled_T, np.float32), (top_ids, np.int32), (top, np.float32)], lengths)
+        return [Scores(*columns) for columns in zip(own, own_ids if ids is None else ids, values, strict=True)]
 
     @torch.inference_mode()
     def sample(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, max_new_tokens: int, eos_ids: Sequence[int]
+        self,
+        prompts: Sequence[TokenIds],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        eos_ids: Sequence[int],
+        top_k: int = 0,
     ) -> Iterator[tuple[int, Sample]]:
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))  # little padding, longest (most memory) first
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
-            samples = self._sample_batch([prompts[i] for i in batch], [seeds[i] for i in batch], max_new_tokens, eos_ids)
+            samples = self._sample_batch([prompts[i] for i in batch], [seeds[i] for i in batch], max_new_tokens, eos_ids, top_k)
             yield from zip(batch, samples, strict=True)
 
     def _sample_batch(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_new_tokens: int, eos_ids: Sequence[int]
+        self, prompts: Sequence[TokenIds], seeds: Sequence[int], max_new_tokens: int, eos_ids: Sequence[int], top_k: int
     ) -> list[Sample]:
+        """Decode together. What a step draws stays on the device, finished rows and all, and is sorted out once at the end."""
         model, where = self._model, self._model.device
-        width = max(map(len, prompts))
-        # Padding goes to the left here, so that every row's newest token is the last column; the mask must go with it.
-        tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=where)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=where)
-        position = mask.cumsum(-1).sub(1).clamp_min(0)
-        cache = DynamicCache(config=model.config)
+        tokens, mask = (part.to(where) for part in pad_left(prompts, max_new_tokens))
+        width = tokens.shape[1]
+        position = mask[:, :width].cumsum(-1).sub(1).clamp_min(0)
+        cache = roomy_cache(model.config)
         stop = torch.tensor(list(eos_ids), device=where)
-        draws = [np.random.default_rng(seed) for seed in seeds]
-        alive = list(range(len(prompts)))
-        sampled: list[list[int]] = [[] for _ in prompts]
-        logprobs: list[list[float]] = [[] for _ in prompts]
-        entropies = [0.0] * len(prompts)
-        finished = ["length"] * len(prompts)
-        uniform = np.empty((len(prompts), 0))
+        request = torch.arange(len(prompts), device=where)  # which prompt a row of the batch belongs to
+        live = torch.ones_like(request, dtype=torch.bool)
+        steps: list[tuple[Tensor, ...]] = []
         for step in range(max_new_tokens):
             out = model(
-                input_ids=tokens, attention_mask=mask, position_ids=position, cache=cache, use_cache=True, logits_to_keep=1
+                input_ids=tokens,
+                attention_mask=mask[:, : width + step],
+                position_ids=position,
+                cache=cache,
+                use_cache=True,
+                logits_to_keep=1,
             )
             if step % DRAWS == 0:
-                uniform = np.stack([draws[row].random(DRAWS) for row in alive])
-            next_ids, chosen, entropy = draw(out.logits[:, -1, : self._vocab_size].float(), uniform[:, step % DRAWS])
-            ended = torch.isin(next_ids, stop).tolist()
-            for row, token, value, spread, end in zip(
-                alive, next_ids.tolist(), chosen.tolist(), entropy.tolist(), ended, strict=True
-            ):
-                sampled[row].append(token)
-                logprobs[row].append(value)
-                entropies[row] += spread
-                if end:
-                    finished[row] = "stop"
-            if any(ended):  # finished rows leave the batch at once: what remains costs nothing more for them
-                keep = [i for i, end in enumerate(ended) if not end]
-                alive, uniform = [alive[i] for i in keep], uniform[keep]
-                if not alive:
-                    break
-                index = torch.tensor(keep, device=where)
-                cache.batch_select_indices(index)
-                next_ids, mask, position = next_ids[index], mask[index], position[index]
-            tokens = next_ids[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-            position = position[:, -1:] + 1
-        return [
-            Sample(ids, values, spread / len(ids), reason)
-            for ids, values, spread, reason in zip(sampled, logprobs, entropies, finished, strict=True)
-        ]
+                uniform = torch.from_numpy(uniforms(seeds, step, DRAWS)).to(where)
+            drawn = draw(out.logits[:, -1, : self._vocab_size].float(), uniform[request, step % DRAWS], top_k)
+            steps.append((request, live, *drawn))
+            live = live & ~torch.isin(drawn.tokens_N, stop)
+            num_live = int(live.sum())
+            if not num_live:
+                break
+            tokens, position = drawn.tokens_N[:, None], position[:, -1:] + 1
+            if num_live <= MIN_LIVE * len(live):
+                keep = live.nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                tokens, position, mask, request, live = (part[keep] for part in (tokens, position, mask, request, live))
+        return samples(steps, len(prompts), eos_ids)
 
 
-def draw(logits_NV: Tensor, uniform_N: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+def pad_left(prompts: Sequence[TokenIds], room: int) -> tuple[Tensor, Tensor]:
+    """Prompts (N, S) whose newest token is the last column, and the attention mask (N, S + room) that goes with them.
+
+    A padded batch decoded without its mask is wrong by tenths of a nat, and nothing says so.
+    """
+    width = max(map(len, prompts))
+    tokens = np.zeros((len(prompts), width), np.int64)
+    mask = np.ones((len(prompts), width + room), bool)
+    for row, seen, prompt in zip(tokens, mask, prompts, strict=True):
+        row[width - len(prompt) :] = prompt
+        seen[: width - len(prompt)] = False
+    return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+
+def samples(steps: Sequence[tuple[Tensor, ...]], count: int, eos_ids: Sequence[int]) -> list[Sample]:
+    """One sample a request from what the decoding steps drew.
+
+    Args:
+        steps: of each step the request of each row, whether it was still unfinished, and the columns of ``Draw``.
+        count: requests.
+        eos_ids: end tokens.
+    """
+    request, live, *columns = (torch.cat(column) for column in zip(*steps, strict=True))
+    request = request[live]
+    order = request.argsort(stable=True)  # each response's tokens together, in the order they were drawn
+    lengths = request.bincount(minlength=count).tolist()
+    types = (np.int32, np.float32, np.float32, np.int32, np.float32)
+    drawn = split([(column[live][order], kind) for column, kind in zip(columns, types, strict=True)], lengths)
+    return [
+        Sample(ids, logprobs, float(entropy.mean()), "stop" if ids[-1] in eos_ids else "length", top_ids, top)
+        for ids, logprobs, entropy, top_ids, top in zip(*drawn, strict=True)
+    ]
+
+
+def split(columns: Sequence[tuple[Tensor, type]], lengths: Sequence[int]) -> list[list[NDArray]]:
+    """Columns of tokens laid end to end as arrays of the given type, one a response."""
+    ends = np.cumsum(lengths)[:-1]
+    return [np.split(column.cpu().numpy().astype(kind, copy=False), ends) for column, kind in columns]
+
+
+def uniforms(seeds: Sequence[int], start: int, count: int) -> NDArray[np.float64]:
+    """Numbers ``start .. start + count - 1`` of each seed's stream, uniform in [0, 1): SplitMix64 (Steele et al., OOPSLA 2014).
+
+    A number depends on seed and place alone, so there is no state to carry; a NumPy generator a sequence would cost 20 us each.
+    """
+    place = np.arange(start + 1, start + count + 1, dtype=np.uint64)
+    state: NDArray[np.uint64] = np.array(seeds, np.uint64)[:, None] + place * np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((state ^ (state >> np.uint64(31))) >> np.uint64(11)) * np.float64(2.0**-53)
+
+
+class Draw(NamedTuple):
+    """One decoding step: sampled ids, their log-probabilities, entropies in nats, and the K most likely ids with theirs."""
+
+    tokens_N: Tensor
+    logprobs_N: Tensor
+    entropy_N: Tensor
+    topk_ids_NK: Tensor
+    topk_logprobs_NK: Tensor
+
+
+def draw(logits_NV: Tensor, uniform_N: Tensor, top_k: int = 0) -> Draw:
     """Sample by inverting the cumulative distribution: one uniform number a row, so rows never share randomness.
 
-    Returns:
-        Token ids (N,), their log-probabilities (N,) and the distributions' entropies (N,), nats.
+    Args:
+        logits_NV: float32.
+        uniform_N: float64, in [0, 1).
+        top_k: how many of the most likely tokens to give.
     """
     logprobs = logits_NV.log_softmax(-1)
     probabilities = logprobs.exp()
     # float64: a cumulative sum of 150,000 float32 probabilities would lose the rare tokens.
-    cumulative = probabilities.double().cumsum(-1)
-    point = torch.as_tensor(uniform_N, device=logits_NV.device)[:, None] * cumulative[:, -1:]
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    point = uniform_N[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, point, right=True).clamp_max(logits_NV.shape[1] - 1)  # never one of probability 0
-    entropy = -(probabilities * logprobs.masked_fill(probabilities == 0, 0)).sum(-1)
-    return token.squeeze(1), logprobs.gather(1, token).squeeze(1), entropy
+    entropy = -(probabilities * logprobs.clamp_min(torch.finfo().min)).sum(-1)  # 0 log 0 is 0
+    values, ids = logprobs.topk(min(top_k, logits_NV.shape[1]))
+    return Draw(token.squeeze(1), logprobs.gather(1, token).squeeze(1), entropy, ids, values)

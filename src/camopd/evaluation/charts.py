@@ -74,7 +74,7 @@ def lines(
         y_label: name and unit of the vertical axis.
         marks: branch -> height of a dashed line in the branch's colour: its teacher.
         whole_x: the horizontal axis counts something.
-        bottom: where the vertical axis starts; None lets the data say.
+        bottom: where the vertical axis starts; None lets the data say and draws a line at zero.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(5.4, 2.9)
@@ -87,6 +87,8 @@ def lines(
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.set_ylim(bottom=bottom)
+        if bottom is None:
+            axes.axhline(0, color=MUTED, linewidth=1)
         if whole_x:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, columnspacing=1.4, handlelength=1.6)

@@ -20,6 +20,7 @@ from markupsafe import Markup
 from camopd import __version__
 from camopd import plan as layout
 from camopd.evaluation.charts import Point, colours, dots, lines
+from camopd.evaluation.gradients import COSINE, diagnostic_series, gradient_table, taken_on, token_shares
 from camopd.plan import Plan
 from camopd.store import Store, join
 
@@ -35,7 +36,7 @@ class Round:
     Attributes:
         number: counted from 1.
         content_id: of its checkpoint.
-        seconds: stage -> seconds, scores of all branches added.
+        seconds: stage -> seconds, scores of all branches added; ``train`` alone where one process did all of it.
         steps: metrics of each optimiser step (docs/data.md).
         selection: branch -> what was selected.
     """
@@ -54,16 +55,34 @@ def read_rounds(plan: Plan, store: Store) -> list[Round]:
         trained = store.manifest(layout.checkpoint_uri(uri))
         if trained is None:
             break
-        seconds = {
-            "rollout": store.require(layout.rollout_uri(uri)).seconds,
-            "score": sum(store.require(layout.score_uri(uri, branch.name)).seconds for branch in plan.recipe.branches),
-            "select": store.require(layout.select_uri(uri)).seconds,
-            "train": trained.seconds,
-        }
         steps = json.loads(store.read(join(layout.checkpoint_uri(uri), "steps.json")))
-        selection = json.loads(store.read(join(layout.select_uri(uri), "summary.json")))
-        rounds.append(Round(number, trained.content_id, seconds, steps, selection))
+        selected = store.manifest(layout.select_uri(uri)) is not None
+        selection = json.loads(store.read(join(layout.select_uri(uri), "summary.json"))) if selected else counts(steps)
+        rounds.append(Round(number, trained.content_id, stage_seconds(plan, uri, store), steps, selection))
     return rounds
+
+
+def stage_seconds(plan: Plan, round_uri: str, store: Store) -> dict[str, float]:
+    """Stage -> seconds of the prefixes that are there: a recovery in one process leaves the checkpoint alone."""
+    prefixes = {
+        "rollout": [layout.rollout_uri(round_uri)],
+        "score": [layout.score_uri(round_uri, branch.name) for branch in plan.recipe.branches],
+        "select": [layout.select_uri(round_uri)],
+        "train": [layout.checkpoint_uri(round_uri)],
+    }
+    found = {stage: [store.manifest(uri) for uri in uris] for stage, uris in prefixes.items()}
+    return {stage: sum(done.seconds for done in parts if done) for stage, parts in found.items() if any(parts)}
+
+
+def counts(steps: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """What the steps themselves say of selection, where no stage did it: samples and selected samples by branch."""
+    totals: dict[str, dict[str, int]] = {}
+    for step in steps:
+        for name, numbers in step["branches"].items():
+            total = totals.setdefault(name, {"num_samples": 0, "num_kept": 0})
+            total["num_samples"] += numbers["num_samples"]
+            total["num_kept"] += numbers["num_selected"]
+    return totals
 
 
 def render(
@@ -90,17 +109,21 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    steps = [step for done in rounds for step in done.steps]
+    names = [branch.name for branch in plan.recipe.branches]
     environment.filters.update(number=number, duration=duration, interval=interval, shorten=shorten)
     return environment.get_template(TEMPLATE).render(
         plan=plan,
         recipe=plan.recipe,
         evaluation=evaluation,
         version=__version__,
-        colours=colours([branch.name for branch in plan.recipe.branches]),
+        colours=colours(names),
         verdict=verdict(evaluation),
         contenders=contenders(evaluation),
-        charts=draw(evaluation, rounds),
+        charts=draw(evaluation, steps),
         selection=selection_table(rounds),
+        gradients=gradient_table(steps, names),
+        taken_on=taken_on(steps),
         answers=sample_answers(evaluation, samples, count=plan.recipe.evaluate.answers, seed=plan.recipe.seed),
         settings=flatten(plan.recipe.model_dump(mode="json", exclude={"tracking", "notes", "branches", "promote"})),
         times=times(rounds, seconds or {}),
@@ -125,8 +148,8 @@ def contenders(evaluation: Mapping[str, Any]) -> list[str]:
     return [key for key, model in evaluation["models"].items() if model["round"] is None] + ["before", "after"]
 
 
-def draw(evaluation: Mapping[str, Any], rounds: Sequence[Round]) -> dict[str, Markup]:
-    """The charts as SVG elements: scores, learning curve and, where rounds left metrics, gap, kept share and length."""
+def draw(evaluation: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> dict[str, Markup]:
+    """The charts as SVG elements: scores, learning curve and, where steps left them, gap, kept share, length and gradients."""
     names = [branch["name"] for branch in evaluation["branches"]]
     scores, models = evaluation["scores"], evaluation["models"]
 
@@ -151,19 +174,26 @@ def draw(evaluation: Mapping[str, Any], rounds: Sequence[Round]) -> dict[str, Ma
         ("kept_ratio", "Tokens inside the importance bounds", "share of tokens"),
         ("mean_length", "Length of the responses", "mean length (tokens)"),
     ):
-        series = step_series(rounds, key, names)
+        series = step_series(steps, key, names)
         if any(series.values()):
             charts[key] = lines(series, title=title, x_label="optimiser step", y_label=y_label)
+    if cosines := diagnostic_series(steps, COSINE):
+        cosines = {name: [] for name in names} | cosines  # branches without points: their colours are not a pair's
+        title = "Cosine of the branches' gradients"
+        charts["cosine"] = lines(cosines, title=title, x_label="optimiser step", y_label="cosine", bottom=None)
+        shares = token_shares(steps, names)
+        charts["token_share"] = lines(shares, title="Share of tokens", x_label="optimiser step", y_label="share so far")
     return {name: Markup(svg) for name, svg in charts.items()}
 
 
-def step_series(rounds: Iterable[Round], key: str, names: Sequence[str]) -> dict[str, list[Point]]:
+def step_series(steps: Iterable[Mapping[str, Any]], key: str, names: Sequence[str]) -> dict[str, list[Point]]:
     """Branch -> one metric over the optimiser steps; steps without a finite value are left out."""
     series: dict[str, list[Point]] = {name: [] for name in names}
-    for step in (step for done in rounds for step in done.steps):
-        value = step.get(key)
-        if value is not None and math.isfinite(value):
-            series[step["branch"]].append(Point(step["step"], value))
+    for step in steps:
+        for name, numbers in step["branches"].items():
+            value = numbers.get(key)
+            if value is not None and math.isfinite(value):
+                series[name].append(Point(step["step"], value))
     return series
 
 

@@ -21,6 +21,7 @@ from camopd.inputs.checks import (
     read_facts,
 )
 from camopd.inputs.prompts import Prompt, Rejected, count_lines, read_prompts
+from camopd.inputs.teacher_prompts import user_turn
 from camopd.inputs.tokens import NO_TEMPLATE, Encoded, Encoder, check_same_tokenizer, load_tokenizer, num_ids
 from camopd.plan import prompts_file
 from camopd.progress import Progress
@@ -164,6 +165,24 @@ def make_encoder(recipe: Recipe, models: Models, store: Store, found: Findings) 
         where = "prompts.chat_template" if uri else "student"
         found.problems.append(Problem(where, str(error), "correct the template, or set prompts.chat_template to another"))
         return None
+
+
+def check_teacher_prompts(recipe: Recipe, models: Models, encoder: Encoder | None) -> list[Problem]:
+    """Whether the teachers that are to make up prompts can be asked for them, and the student can be asked these."""
+    problems = []
+    for branch in recipe.branches:
+        tokenizer = models.tokenizers.get(recipe.teacher(branch))
+        if not branch.teacher_prompts or not branch.steps or tokenizer is None or encoder is None:
+            continue
+        where = f"branches.{branch.name}"
+        if encoder.template is None:
+            what = f"tokenizer of {recipe.student} has no chat_template, which prompts of a teacher's own need"
+            problems.append(Problem(f"{where}.teacher_prompts", what, "set prompts.chat_template"))
+        try:
+            user_turn(tokenizer, f"{where}.teacher", enable_thinking=recipe.prompts.enable_thinking)
+        except InputError as error:
+            problems += error.problems
+    return problems
 
 
 # --- Prompts --------------------------------------------------------------------------------------------------------------

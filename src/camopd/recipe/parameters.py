@@ -18,6 +18,7 @@ AS_IN_RECIPE = "recipe"  # the value of a run-form field that leaves the recipe'
 FORM_FIELDS = {
     "input_domain_model_uri": "student",
     "method_learning_rate": "train.learning_rate",
+    "method_name": "method",
     "method_num_rounds": "num_rounds",
     "method_seed": "seed",
     "output_alias": "promote.alias",

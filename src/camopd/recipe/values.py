@@ -13,6 +13,7 @@ from camopd.store.uris import check_uri
 
 MAX_EXACT_INT = 2**53  # JSON numbers of the KFP API are doubles: a larger integer arrives changed
 MAX_NAME_LENGTH = 256  # of a registered model
+TEACHER = "teacher"  # in place of a prompt file: the branch's teacher makes up the prompts
 MAX_ALIAS_LENGTH = 255  # mlflow.utils.validation.MAX_REGISTERED_MODEL_ALIAS_LENGTH
 
 
@@ -51,6 +52,10 @@ def _parsed(text: str, expected: str) -> int | float:
 
 def _uri(value: Any) -> Any:
     return check_uri(value) if isinstance(value, str) else value
+
+
+def _prompt_source(value: Any) -> Any:
+    return value if value == TEACHER else _uri(value)
 
 
 def _list(value: Any) -> Any:
@@ -104,6 +109,7 @@ def _tracking_uri(text: str) -> str:
 Int = Annotated[int, BeforeValidator(_integer)]
 Float = Annotated[float, BeforeValidator(_number)]
 Uri = Annotated[str, BeforeValidator(_uri)]
+PromptSource = Annotated[str, BeforeValidator(_prompt_source)]
 Names = Annotated[tuple[Annotated[str, Field(pattern=r"\S")], ...], BeforeValidator(_list)]
 ModelName = Annotated[str, AfterValidator(_model_name)]
 Alias = Annotated[str, AfterValidator(_alias)]

@@ -174,17 +174,29 @@ def points_of(values: Mapping[str, Any], *, step: int, time_ms: int) -> tuple[li
 
 
 def step_points(steps: Iterable[Mapping[str, Any]], *, time_ms: int) -> tuple[list[Point], int, set[str]]:
-    """Series of a round's optimiser steps, ``<branch>/<name>``; how many steps held a NaN or inf, and under which names."""
+    """Series of a round's optimiser steps; how many steps held a NaN or inf, and under which names.
+
+    Numbers of the whole step keep their name, a branch's are ``<branch>/<name>``, diagnostics bring their own names.
+    """
     points: list[Point] = []
     nonfinite_steps, nonfinite_names = 0, set[str]()
     for record in steps:
-        numbers = {name: value for name, value in record.items() if name not in ("step", "branch")}
-        values = {record["branch"]: numbers} if "branch" in record else numbers
+        whole = {name: value for name, value in record.items() if name not in ("step", "branches", "diagnostics")}
+        values = {**whole, **record.get("branches", {}), **record.get("diagnostics", {})}
         finite, wrong = points_of(values, step=record["step"], time_ms=time_ms)
         points += finite
         nonfinite_steps += bool(wrong)
         nonfinite_names.update(wrong)
     return points, nonfinite_steps, nonfinite_names
+
+
+def token_shares(steps: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Branch -> its share of the tokens that these optimiser steps were trained on."""
+    tokens: dict[str, int] = {}
+    for step in steps:
+        for name, numbers in step["branches"].items():
+            tokens[name] = tokens.get(name, 0) + numbers["tokens"]
+    return {name: count / sum(tokens.values()) for name, count in tokens.items()}
 
 
 # --- The run --------------------------------------------------------------------------------------------------------------
@@ -256,6 +268,7 @@ def _plan(plan: Plan, planned: Manifest, store: Store) -> Facts:
     datasets = tuple(
         Dataset(f"prompts-{branch.name}", plan.content_ids[f"prompts/{branch.name}"], absolute(branch.prompts))
         for branch in plan.recipe.branches
+        if branch.has_prompt_file
     )
     points, _ = points_of({"prepare": planned.metrics}, step=0, time_ms=_time_ms(planned))
     return Facts(points=tuple(points), datasets=datasets, files=_texts(layout.plan_uri(plan.run_uri), planned, store, (".md",)))
@@ -263,19 +276,23 @@ def _plan(plan: Plan, planned: Manifest, store: Store) -> Facts:
 
 def _round(plan: Plan, round_number: int, store: Store) -> Facts:
     uri = plan.rounds[round_number - 1]
-    stages = {"rollout": store.require(layout.rollout_uri(uri))}
-    stages |= {f"score-{branch.name}": store.require(layout.score_uri(uri, branch.name)) for branch in plan.recipe.branches}
-    stages |= {"select": store.require(layout.select_uri(uri)), "train": store.require(layout.checkpoint_uri(uri))}
+    prefixes = {"rollout": layout.rollout_uri(uri)}
+    prefixes |= {f"score-{branch.name}": layout.score_uri(uri, branch.name) for branch in plan.recipe.branches}
+    prefixes |= {"select": layout.select_uri(uri), "train": layout.checkpoint_uri(uri)}
+    # A recovery in one process leaves the checkpoint alone, and a branch without a step in the round has no scores.
+    found = {stage: store.manifest(prefix) for stage, prefix in prefixes.items()}
+    stages = {stage: done for stage, done in found.items() if done is not None}
     steps = json.loads(store.read(join(layout.checkpoint_uri(uri), "steps.json")))
     time_ms = _time_ms(stages["train"])
     series, nonfinite_steps, nonfinite_names = step_points(steps, time_ms=time_ms)
     numbers: dict[str, Any] = {stage: {**done.metrics, "seconds": done.seconds} for stage, done in stages.items()}
+    numbers["token_share"] = token_shares(steps)
     summary, _ = points_of({**numbers, "nonfinite_steps": nonfinite_steps}, step=round_number, time_ms=time_ms)
     tags = {"camopd.round": str(round_number)}
     tags |= {f"camopd.content_id.{stage}": done.content_id for stage, done in stages.items()}
     if nonfinite_names:
         tags["camopd.nonfinite"] = ", ".join(sorted(nonfinite_names))[:MAX_TAG_LENGTH]
-    began_ms = _time_ms(stages["rollout"]) - round(1000 * stages["rollout"].seconds)
+    began_ms = min(_time_ms(done) - round(1000 * done.seconds) for done in stages.values())
     return Facts(tags=tags, points=(*series, *summary), summary=tuple(summary), began_ms=began_ms, ended_ms=time_ms)
 
 

@@ -1,0 +1,171 @@
+"""The whole recovery in one process: the exact Algorithm 1, with a fresh batch for every update.
+
+    from camopd.recover import recover
+
+    recovered = recover("recipes/micro.toml", {"seed": 2})
+    print(recovered.scores, recovered.report)
+    model = AutoModelForCausalLM.from_pretrained(recovered.checkpoint)
+
+Student and teachers stay in memory; sampling, scoring, selection and update are the functions of the pipeline's stages. A
+checkpoint is written where the pipeline writes one, every ``steps_per_round`` updates, so resume, evaluation, promotion and
+tracking are the same too. With one update a round the pipeline makes the same weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from camopd import plan as layout
+from camopd import rollout, score, select
+from camopd.engines import Engine
+from camopd.engines.transformers import TransformersEngine, load_model
+from camopd.plan import Plan
+from camopd.progress import Progress
+from camopd.runtime import set_threads
+from camopd.store import Store
+from camopd.train import Trainer, selected_rows, training_config
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A finished recovery.
+
+    Attributes:
+        run_uri: the run's prefix.
+        checkpoint: folder of the recovered model; transformers loads it.
+        report: path of report.html.
+        evaluation: what evaluation.json holds: scores, recovered and retained shares with intervals, the gate's decision.
+        release: what promotion did: status, version (None where nothing was registered), alias and reasons.
+    """
+
+    run_uri: str
+    checkpoint: Path
+    report: Path
+    evaluation: Mapping[str, Any]
+    release: Mapping[str, Any]
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """Headline numbers: shares and scores by branch, with the ends of their 95 % intervals."""
+        return self.evaluation["headline"]
+
+
+def recover(recipe: str, parameters: Mapping[str, Any] | None = None, *, store: Store | None = None) -> Recovered:
+    """Recover a model on this machine: check, train, evaluate and, if the gate says so, promote.
+
+    Called again after a stop or a kill it goes on from the last checkpoint; called again when it is done it returns at once.
+
+    Args:
+        recipe: name, path, URI or text of the recipe.
+        parameters: values that go before the recipe's, by dotted key: ``{"method": "mopd", "train.learning_rate": 1e-5}``.
+        store: where to read and write.
+
+    Raises:
+        InputError: bad input, every problem at once, before a model is loaded.
+        UnhealthyRunError: the run stopped itself.
+    """
+    from camopd import workflow
+    from camopd.outcome import result_of
+
+    store = store or Store()
+    done = workflow.run(recipe, {**(parameters or {}), "execution": "colocated"}, store=store)
+    plan = Plan.load(store, done.uri)
+    result = result_of(plan, store)
+    assert result is not None and result.release is not None, "every stage is done, so there is a result"
+    return Recovered(
+        run_uri=done.uri,
+        checkpoint=store.fetch(layout.checkpoint_uri(plan.rounds[-1])),
+        report=store.fetch(result.report),
+        evaluation=result.evaluation,
+        release=result.release,
+    )
+
+
+class Session:
+    """Student and teachers of a run in memory.
+
+    Args:
+        plan: a prepared run.
+        number: the round that the session begins with.
+        store: where the models lie.
+    """
+
+    def __init__(self, plan: Plan, number: int, store: Store) -> None:
+        set_threads(plan.recipe.num_threads)
+        rollout.teacher_prompts(plan, store)
+        self.plan, self._store = plan, store
+        self.trainer = Trainer.load(plan, number, store)
+        done = self.trainer.schedule.step
+        self._progress = Progress("recover", total=plan.num_steps, unit="steps", done=done)
+        self.tables = rollout.PromptTables(plan, store)
+        models = _teachers(plan, store)
+        engines = {id(model): self._engine(model) for model in models.values()}
+        self._teachers: dict[str, Engine] = {name: engines[id(model)] for name, model in models.items()}
+        if plan.recipe.score.signal == "full":
+            self.trainer.teachers = models
+        student = self._engine(self.trainer.model)
+        of_student = dict.fromkeys(models, student)
+        self._samplers: Mapping[str, Engine] = self._teachers if plan.recipe.rollout.sampler == "teacher" else of_student
+
+    def _engine(self, model: PreTrainedModel) -> Engine:
+        recipe = self.plan.recipe
+        return TransformersEngine(
+            model,
+            vocab_size=self.plan.vocab_size,
+            batch_size=recipe.rollout.batch_size,
+            batch_tokens=recipe.score.batch_tokens,
+        )
+
+    def step(self) -> tuple[list[rollout.Row], dict[str, Any]]:
+        """One iteration of Algorithm 1: sample, score, select, update. Returns what was sampled and the update's record."""
+        active = self.trainer.schedule.active
+        batch = rollout.requests(self.plan, self.trainer.schedule, 1, self.tables.num_teacher_prompts)
+        self.tables.fill(batch)
+        rollout.sample_rows(self._samplers, batch, self.plan)
+        own = {name: [row for row in batch if row["branch"] == name] for name in active}
+        scored = [row for name in active for row in score.score_rows(self._teachers[name], own[name], self.plan)]
+        chosen = selected_rows(batch, scored, select.select_rows(batch, scored, self.plan))
+        return batch, self.trainer.step(batch, chosen.get(self.trainer.schedule.step, []))
+
+    def round(self, number: int) -> None:
+        """The updates of one round, and its checkpoint.
+
+        Raises:
+            UnhealthyRunError: the run stopped itself.
+        """
+        plan, store = self.plan, self._store
+        inputs = {"student": plan.student_id(number, store), "plan": store.require(layout.plan_uri(plan.run_uri)).content_id}
+
+        def write(folder: Path) -> dict[str, Any]:
+            begun = time.monotonic()
+            sampled: list[rollout.Row] = []
+            for _ in range(plan.recipe.steps_per_round):
+                batch, record = self.step()
+                sampled += batch
+                gaps = ", ".join(f"{name} {own['gap']:.3f}" for name, own in record["branches"].items())
+                self._progress.advance(1, tokens=record["tokens"], note=f"gap {gaps}")
+            first = store.require(layout.checkpoint_uri(plan.rounds[0])).metrics if number > 1 else {}
+            numbers = rollout.health(sampled, plan, first) | self.trainer.save(folder, store)
+            return numbers | {"tokens_per_second": numbers["tokens"] / (time.monotonic() - begun)}
+
+        uri = layout.checkpoint_uri(plan.rounds[number - 1])
+        config = training_config(plan.recipe) | {"execution": "colocated"}
+        store.produce(uri, stage="train", config=config, inputs=inputs, write=write)
+
+
+def _teachers(plan: Plan, store: Store) -> dict[str, PreTrainedModel]:
+    """The teacher of each branch that takes part, each model loaded once."""
+    loaded: dict[str, PreTrainedModel] = {}
+    teachers = {}
+    for branch in plan.recipe.branches:
+        if branch.steps:
+            uri = plan.teacher_uri(branch)
+            loaded[uri] = loaded.get(uri) or load_model(store.fetch(uri)).requires_grad_(False)
+            teachers[branch.name] = loaded[uri]
+    return teachers
