@@ -25,8 +25,20 @@ def exact(model, row: Row) -> Tensor:
     return model(ids, use_cache=False).logits[0, len(row["prompt_ids"]) - 1 : -1, :SHARED].double().softmax(-1)
 
 
+def hidden(model, row: Row) -> Tensor:
+    """The last hidden states (L, D) that predict the response tokens, float32."""
+    ids = torch.tensor([[*row["prompt_ids"].tolist(), *row["response_ids"].tolist()]])
+    return model.model(ids, use_cache=False).last_hidden_state[0, len(row["prompt_ids"]) - 1 : -1].float()
+
+
 def make_teachers() -> dict[str, Any]:
-    return {"general": tiny_model(1).requires_grad_(False), "domain": tiny_model(2).requires_grad_(False)}
+    """Float64 models of their own for either branch."""
+    return {"general": tiny_model(1).double().requires_grad_(False), "domain": tiny_model(2).double().requires_grad_(False)}
+
+
+def output_weights() -> dict[str, Tensor]:
+    """The weights of their output layers as the trainer gets them, float32."""
+    return {name: teacher.lm_head.weight.float() for name, teacher in make_teachers().items()}
 
 
 def make_rows(
@@ -38,8 +50,7 @@ def make_rows(
     importance weights leave their limits. Both branches use the same prompt ids.
     """
     rng = random.Random(seed)
-    student = tiny_model().double()
-    teachers = {name: teacher.double() for name, teacher in make_teachers().items()}
+    student, teachers = tiny_model().double(), make_teachers()
     rollouts, scored = [], []
     for branch, count in counts.items():
         for index in range(count):
@@ -62,7 +73,8 @@ def make_rows(
             top = np.log(np.take_along_axis(theirs, ids, -1)).astype(np.float32)
             teacher_logprobs = np.log(theirs[sampled]).astype(np.float32)
             rollouts.append(row)
-            scored.append(key | {"teacher_logprobs": teacher_logprobs, "topk_ids": ids, "topk_logprobs": top})
+            says = {"teacher_logprobs": teacher_logprobs, "topk_ids": ids, "topk_logprobs": top}
+            scored.append(key | says | {"teacher_hidden": hidden(teachers[branch], row)})
     return rollouts, scored
 
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM, Qwen3ForCausalLM
 
 from camopd.engines import load_engine
+from camopd.engines.cache import roomy_cache
 from camopd.engines.transformers import (
     TransformersEngine,
     draw,
@@ -122,6 +123,40 @@ def test_scoring_what_was_sampled_gives_the_sampled_logprobs(folder) -> None:
     for index, sample in samples.items():
         assert scores[index].logprobs == pytest.approx(sample.logprobs, abs=1e-4)
         assert scores[index].topk_ids.shape == scores[index].topk_logprobs.shape == (len(sample.token_ids), 0)
+
+
+def test_layers_with_a_sliding_window_sample_and_score_as_in_a_plain_forward_pass() -> None:
+    """One layer that sees three tokens beside one that sees all: the cache keeps two kinds of layer."""
+    config = tiny_model().config
+    config.layer_types, config.sliding_window = ["sliding_attention", "full_attention"], 3
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config).eval()
+    sliding = TransformersEngine(model, vocab_size=SHARED, batch_size=5, batch_tokens=64)
+    drawn = dict(sliding.sample(PROMPTS, SEEDS, max_new_tokens=20, eos_ids=[EOS, 3, 4, 5]))
+    scores = dict(sliding.score(PROMPTS, [drawn[i].token_ids for i in range(5)]))
+    for index, prompt in enumerate(PROMPTS):
+        row = torch.tensor([[*prompt, *drawn[index].token_ids.tolist()]])
+        logits = model(row, use_cache=False).logits[0, len(prompt) - 1 : -1, :SHARED]
+        plain = logits.log_softmax(-1).gather(1, row[0, len(prompt) :, None]).squeeze(1).detach().numpy()
+        assert drawn[index].logprobs == pytest.approx(plain, abs=1e-4)
+        assert scores[index].logprobs == pytest.approx(plain, abs=1e-4)
+
+
+def test_the_cache_holds_what_transformers_own_holds() -> None:
+    """The same tokens, rows leaving in between, until the room has grown several times."""
+    config = tiny_model().config
+    ours, theirs = roomy_cache(config), DynamicCache(config=config)
+    rows = 4
+    for step, count in enumerate([5, *[1] * 40]):
+        states = torch.randn(2, rows, config.num_key_value_heads, count, config.head_dim)
+        for left, right in zip(ours.update(*states, 1), theirs.update(*states, 1), strict=True):
+            assert torch.equal(left, right)
+        assert ours.get_seq_length(1) == theirs.get_seq_length(1) == 5 + step
+        if step % 15 == 14:
+            rows -= 1
+            keep = torch.arange(1, rows + 1)
+            ours.layers[1].batch_select_indices(keep)
+            theirs.layers[1].batch_select_indices(keep)
 
 
 def test_an_engine_follows_the_weights_of_its_model() -> None:

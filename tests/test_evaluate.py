@@ -284,7 +284,8 @@ def finished(tmp_path_factory):
 
         def write(folder: Path, number=number):
             shutil.copytree(models[f"round{number}"], folder, dirs_exist_ok=True)
-            (folder / "steps.json").write_text(json.dumps([{"step": number, "branch": "general", "gap": 0.5}]))
+            steps = [{"step": number, "branches": {"general": {"gap": 0.5, "tokens": 10}}}]
+            (folder / "steps.json").write_text(json.dumps(steps))
             return {}
 
         store.produce(checkpoint_uri(uri), stage="train", config={}, inputs={}, write=write)

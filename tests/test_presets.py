@@ -16,7 +16,7 @@ from camopd.presets import presets
 from camopd.schedule import Schedule
 from camopd.select import select_rows
 from camopd.train import Trainer, make_optimizer, selected_rows
-from tests.reference import SHARED, Advantage, K, keep_by_mass, make_rows, make_teachers, step_loss
+from tests.reference import SHARED, Advantage, K, keep_by_mass, make_rows, make_teachers, output_weights, step_loss
 from tests.tiny import tiny_model
 
 BATCH = 8  # prompts of a step
@@ -135,11 +135,12 @@ def test_the_student_s_own_tokens_may_be_asked_for(name: str) -> None:
 def check_step(entry: Entry, recipe: Recipe, step: int) -> None:
     """One update of the trainer against the formula."""
     torch.set_num_threads(1)
-    plan, teachers = make_plan(recipe), make_teachers()
+    plan = make_plan(recipe)
     rollouts, scored = make_rows(entry.cycle[step], step=step, top_k_of=recipe.score.top_k_of)
     chosen = selected_rows(rollouts, scored, select_rows(rollouts, scored, plan))[step]
     model = tiny_model()
-    trainer = Trainer(plan, model, make_optimizer(model, recipe), Path(), Schedule.of(recipe, step), teachers=teachers)
+    trainer = Trainer(plan, model, make_optimizer(model, recipe), Path(), Schedule.of(recipe, step))
+    trainer.teacher_weights = output_weights()
     record = trainer.step(rollouts, chosen)
 
     kept = []
@@ -153,7 +154,7 @@ def check_step(entry: Entry, recipe: Recipe, step: int) -> None:
         signal=recipe.score.signal,
         advantage=entry.advantage,
         scale=dict(zip(("general", "domain"), entry.scale, strict=True)),
-        teachers={branch: teacher.double() for branch, teacher in teachers.items()},
+        teachers=make_teachers(),
         limits=None if entry.off_policy else (0.5, 2.0),
     )
     loss.backward()

@@ -183,6 +183,9 @@ def test_the_page_follows_the_numbers():
     text = study_report.page(example())
     assert 'Recommended: `method = "alternating"`' in text  # general-only has lost the domain
     assert "`general-only` (topk) 0.125" in text.split("Mean retained share under")[1]
+    (rivals,) = [line.split("not told apart from it: ")[1] for line in text.splitlines() if "**Recommended" in line]
+    assert "`camopd` (sampled)" in rivals
+    assert "`mopd`" not in rivals
     (claim,) = [line for line in text.splitlines() if line.startswith("| camopd over mopd")]
     assert claim.count("agrees: **+0.222") == 4
     assert "seed 1: round 2: too many answers are empty" in text

@@ -27,7 +27,7 @@ from camopd.train import (
     selected_rows,
     update,
 )
-from tests.reference import SHARED, K, exact, make_rows, make_teachers, step_loss
+from tests.reference import SHARED, K, exact, make_rows, make_teachers, output_weights, step_loss
 from tests.tiny import tiny_model
 
 SIGNALS = ["sampled", "topk", "full"]
@@ -55,7 +55,7 @@ def make_batch(seed: int = 0, drift: float = 0.8, **counts: int) -> list[dict]:
 def make_trainer(recipe: Recipe, run_uri: str = "/runs/x", source: Path = Path()) -> Trainer:
     model = tiny_model()
     plan = Plan(run_uri, recipe, {}, SHARED, (2,), 0, {"general": 50, "domain": 50}, "t", 32)
-    return Trainer(plan, model, make_optimizer(model, recipe), source, Schedule.of(recipe), teachers=make_teachers())
+    return Trainer(plan, model, make_optimizer(model, recipe), source, Schedule.of(recipe))
 
 
 # --- One update -----------------------------------------------------------------------------------------------------------
@@ -67,8 +67,8 @@ def test_update_has_the_loss_and_gradient_of_the_formula(signal: str, batch_toke
     """Both branches in one batch, however it is cut into passes, with limits of its own."""
     limits = {"ratio_low": 0.7, "ratio_high": 1.5}
     recipe = make_recipe(signal, batch_tokens=batch_tokens, max_grad_norm=1e9, learning_rate=1e-12, **limits)
-    rows, teachers, model = make_batch(), make_teachers(), tiny_model()
-    numbers = update(model, make_optimizer(model, recipe), rows, recipe=recipe, vocab_size=SHARED, teachers=teachers)
+    rows, weights, model = make_batch(), output_weights(), tiny_model()
+    numbers = update(model, make_optimizer(model, recipe), rows, recipe=recipe, vocab_size=SHARED, teacher_weights=weights)
     reference = tiny_model().double()
     loss = step_loss(
         reference,
@@ -76,7 +76,7 @@ def test_update_has_the_loss_and_gradient_of_the_formula(signal: str, batch_toke
         signal=signal,
         advantage=lambda q, p: math.log(q / p),
         scale={"general": 2.0, "domain": 1.0},
-        teachers={name: teacher.double() for name, teacher in teachers.items()},
+        teachers=make_teachers(),
         limits=(0.7, 1.5),
     )
     loss.backward()
@@ -191,7 +191,7 @@ def test_looking_at_the_gradients_changes_no_weight() -> None:
             rows = make_batch(**counts)
             trainer.step(rows, rows)
     assert [["diagnostics" in record for record in t.records] for t in trainers.values()] == [[False] * 3, [False, True, False]]
-    assert -1 <= trainers[2].records[1]["diagnostics"]["gradient/cosine_general_domain"] <= 1
+    assert -1 <= trainers[2].records[1]["diagnostics"]["gradient/cosine_domain_general"] <= 1
     weights = (t.model.parameters() for t in trainers.values())
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 

@@ -77,7 +77,8 @@ def recover(recipe: str, parameters: Mapping[str, Any] | None = None, *, store: 
     done = workflow.run(recipe, {**(parameters or {}), "execution": "colocated"}, store=store)
     plan = Plan.load(store, done.uri)
     result = result_of(plan, store)
-    assert result is not None and result.release is not None, "every stage is done, so there is a result"
+    assert result, "every stage is done, so there is a result"
+    assert result.release is not None, "promote leaves word of a refusal, too"
     return Recovered(
         run_uri=done.uri,
         checkpoint=store.fetch(layout.checkpoint_uri(plan.rounds[-1])),
@@ -108,7 +109,8 @@ class Session:
         engines = {id(model): self._engine(model) for model in models.values()}
         self._teachers: dict[str, Engine] = {name: engines[id(model)] for name, model in models.items()}
         if plan.recipe.score.signal == "full":
-            self.trainer.teachers = models
+            weights = {name: model.get_output_embeddings().weight for name, model in models.items()}
+            self.trainer.teacher_weights = weights
         student = self._engine(self.trainer.model)
         of_student = dict.fromkeys(models, student)
         self._samplers: Mapping[str, Engine] = self._teachers if plan.recipe.rollout.sampler == "teacher" else of_student

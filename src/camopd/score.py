@@ -33,6 +33,8 @@ def score_rows(
 ) -> list[dict[str, Any]]:
     """The teacher's log-probabilities of one branch's samples, by sample key; what cannot be scored is left out.
 
+    For the full signal its hidden states come with them (``teacher_hidden``), so that the loss asks the teacher no second time.
+
     Args:
         engine: the branch's teacher.
         rows: samples with prompt_ids, response_ids and, for the student's top k, topk_ids.
@@ -47,12 +49,13 @@ def score_rows(
         [row["response_ids"] for row in scored],
         top_k=0 if asks_student(recipe) else top_k,
         ids=[row["topk_ids"] for row in scored] if asks_student(recipe) else None,
+        hidden=recipe.score.signal == "full",
     )
     found: list[dict[str, Any]] = [{} for _ in scored]
     for index, scores in results:
         key = {name: scored[index][name] for name in ("prompt_id", "sample_index", "branch", "step")}
         values = {"teacher_logprobs": scores.logprobs, "topk_ids": scores.topk_ids, "topk_logprobs": scores.topk_logprobs}
-        found[index] = key | values
+        found[index] = key | values | ({} if scores.hidden is None else {"teacher_hidden": scores.hidden})
         advance(len(scores.logprobs))
     return found
 

@@ -50,7 +50,7 @@ def rows_loss(
     recipe: Recipe,
     vocab_size: int,
     num_selected: int,
-    teacher: PreTrainedModel | None = None,
+    teacher_weight: Tensor | None = None,
 ) -> tuple[Tensor, Statistics]:
     """The part of the step's loss that some samples of one branch make up, and what it saw at each token.
 
@@ -60,7 +60,7 @@ def rows_loss(
         recipe: objective and limits.
         vocab_size: shared token ids.
         num_selected: selected samples of the whole step.
-        teacher: the branch's teacher in this process, for the full signal.
+        teacher_weight: of the output layer of the branch's teacher (V, D), for the full signal.
     """
     prompts, responses = [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows]
 
@@ -81,7 +81,7 @@ def rows_loss(
         response_hidden(model, prompts, responses),
         model.get_output_embeddings().weight,
         flat("response_ids", np.int64),
-        _signal(rows, recipe, flat, teacher),
+        _signal(rows, recipe, flat, teacher_weight),
         terms,
         vocab_size=vocab_size,
         logits_mib=train.logits_mib,
@@ -89,17 +89,15 @@ def rows_loss(
 
 
 def _signal(
-    rows: Sequence[Row], recipe: Recipe, flat: Callable[..., Tensor], teacher: PreTrainedModel | None
+    rows: Sequence[Row], recipe: Recipe, flat: Callable[..., Tensor], teacher_weight: Tensor | None
 ) -> Sampled | TopK | Full:
-    """What the teacher says about the samples: from the table, or from the teacher itself."""
+    """What the teacher says about the samples."""
     if recipe.score.signal == "sampled":
         return Sampled(flat("teacher_logprobs"))
     if recipe.score.signal == "topk":
         return TopK(flat("topk_ids", np.int64), flat("topk_logprobs"))
-    assert teacher is not None, "the full signal needs the teacher in this process"
-    with torch.no_grad():
-        hidden = response_hidden(teacher, [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows])
-    return Full(hidden, teacher.get_output_embeddings().weight)
+    assert teacher_weight is not None, "the full signal needs the teacher in this process"
+    return Full(torch.cat([row["teacher_hidden"] for row in rows]), teacher_weight)
 
 
 def update(
@@ -109,7 +107,7 @@ def update(
     *,
     recipe: Recipe,
     vocab_size: int,
-    teachers: Mapping[str, PreTrainedModel] | None = None,
+    teacher_weights: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """One optimiser step on the selected samples of one step; the parameters change only when everything is finite.
 
@@ -119,7 +117,7 @@ def update(
         rows: the step's selected samples, of one branch or of several.
         recipe: objective and limits.
         vocab_size: shared token ids.
-        teachers: by branch, for the full signal.
+        teacher_weights: of the teachers' output layers by branch, for the full signal.
 
     Returns:
         loss, grad_norm (before clipping), means over the selected tokens: kept_ratio (share with w_t > 0), entropy, engine_gap
@@ -141,7 +139,7 @@ def update(
                 recipe=recipe,
                 vocab_size=vocab_size,
                 num_selected=len(rows),
-                teacher=(teachers or {}).get(name),
+                teacher_weight=(teacher_weights or {}).get(name),
             )
             loss.backward()
             total += loss.item()
@@ -275,7 +273,7 @@ class Trainer:
         source: the folder that it was loaded from, with the tokenizer's files.
         schedule: where the next update stands.
         records: what each update since the last save had to tell.
-        teachers: by branch, for the full signal.
+        teacher_weights: of the teachers' output layers by branch, for the full signal.
         latest: the last batch of each branch since the last save, for the diagnostics.
     """
 
@@ -285,7 +283,7 @@ class Trainer:
     source: Path
     schedule: Schedule
     records: list[dict[str, Any]] = field(default_factory=list)
-    teachers: Mapping[str, PreTrainedModel] = field(default_factory=dict)
+    teacher_weights: Mapping[str, Tensor] = field(default_factory=dict)
     latest: dict[str, Sequence[Row]] = field(default_factory=dict)
 
     @classmethod
@@ -323,7 +321,12 @@ class Trainer:
         }
         diagnostics = self._diagnostics()
         numbers = update(
-            self.model, self.optimizer, kept, recipe=recipe, vocab_size=self.plan.vocab_size, teachers=self.teachers
+            self.model,
+            self.optimizer,
+            kept,
+            recipe=recipe,
+            vocab_size=self.plan.vocab_size,
+            teacher_weights=self.teacher_weights,
         )
         if not self.records:
             check_fresh(numbers["engine_gap"], recipe.train.max_engine_gap)
@@ -342,10 +345,9 @@ class Trainer:
             return {}
 
         def loss_of(row: Row) -> Tensor:
-            teacher = self.teachers.get(row["branch"])
-            return rows_loss(
-                self.model, [row], recipe=recipe, vocab_size=self.plan.vocab_size, num_selected=1, teacher=teacher
-            )[0]
+            weight = self.teacher_weights.get(row["branch"])
+            vocab_size = self.plan.vocab_size
+            return rows_loss(self.model, [row], recipe=recipe, vocab_size=vocab_size, num_selected=1, teacher_weight=weight)[0]
 
         return {"diagnostics": measure(self.model, self.latest, loss_of)}
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TokenIds = Sequence[int] | NDArray[np.int32]  # of one prompt or one response
 
@@ -45,11 +48,13 @@ class Scores:
         logprobs: log-probability of each token of the response, float32 (L,).
         topk_ids: the given ids, or the model's own K most likely tokens at each position, int32 (L, K).
         topk_logprobs: the model's log-probabilities of them, float32 (L, K).
+        hidden: last hidden states (L, D) that predict the tokens, on the model's device; None when they were not asked for.
     """
 
     logprobs: NDArray[np.float32]
     topk_ids: NDArray[np.int32]
     topk_logprobs: NDArray[np.float32]
+    hidden: Tensor | None = None
 
 
 class Engine(Protocol):
@@ -81,6 +86,7 @@ class Engine(Protocol):
         *,
         top_k: int = 0,
         ids: Sequence[NDArray[np.int32]] | None = None,
+        hidden: bool = False,
     ) -> Iterator[tuple[int, Scores]]:
         """Log-probabilities of given responses.
 
@@ -89,6 +95,7 @@ class Engine(Protocol):
             responses: token ids of each response.
             top_k: how many of the model's own most likely tokens to give with each position.
             ids: one (L, K) array a response of the tokens to give instead of the model's own top k.
+            hidden: give the hidden states, too, for a loss over the whole vocabulary in the same process.
         """
 
 

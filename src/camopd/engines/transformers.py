@@ -7,6 +7,7 @@ vocabulary, K most likely tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,7 +120,6 @@ class TransformersEngine:
         self._model, self._weight_VD = model, output_head(model).weight
         self._vocab_size, self._batch_size, self._batch_tokens = vocab_size, batch_size, batch_tokens
 
-    @torch.inference_mode()
     def score(
         self,
         prompts: Sequence[TokenIds],
@@ -127,23 +127,27 @@ class TransformersEngine:
         *,
         top_k: int = 0,
         ids: Sequence[NDArray[np.int32]] | None = None,
+        hidden: bool = False,
     ) -> Iterator[tuple[int, Scores]]:
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
         for batch in token_batches(lengths, self._batch_tokens):
             given = None if ids is None else [ids[i] for i in batch]
-            scores = self._score_batch([prompts[i] for i in batch], [responses[i] for i in batch], top_k, given)
+            scores = self._score_batch([prompts[i] for i in batch], [responses[i] for i in batch], top_k, given, hidden)
             yield from zip(batch, scores, strict=True)
 
+    @torch.inference_mode()
     def _score_batch(
         self,
         prompts: Sequence[TokenIds],
         responses: Sequence[TokenIds],
         top_k: int,
         ids: Sequence[NDArray[np.int32]] | None,
+        hidden: bool,
     ) -> list[Scores]:
         where = self._model.device
+        hidden_TD = response_hidden(self._model, prompts, responses)
         out = token_logprobs(
-            response_hidden(self._model, prompts, responses),
+            hidden_TD,
             self._weight_VD,
             torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(where),
             vocab_size=self._vocab_size,
@@ -154,10 +158,10 @@ class TransformersEngine:
         lengths = [len(response) for response in responses]
         nothing = torch.empty(sum(lengths), 0)
         top_ids, top = (nothing if column is None else column for column in (out.top_ids_TK, out.chosen_TK))
-        own, own_ids, values = split([(out.sampled_T, np.float32), (top_ids, np.int32), (top, np.float32)], lengths)
-        return [Scores(*columns) for columns in zip(own, own_ids if ids is None else ids, values, strict=True)]
+        own_ids = split(top_ids.int(), lengths) if ids is None else ids
+        states = hidden_TD.split(lengths) if hidden else [None] * len(lengths)
+        return list(map(Scores, split(out.sampled_T, lengths), own_ids, split(top, lengths), states))
 
-    @torch.inference_mode()
     def sample(
         self,
         prompts: Sequence[TokenIds],
@@ -173,6 +177,7 @@ class TransformersEngine:
             samples = self._sample_batch([prompts[i] for i in batch], [seeds[i] for i in batch], max_new_tokens, eos_ids, top_k)
             yield from zip(batch, samples, strict=True)
 
+    @torch.inference_mode()
     def _sample_batch(
         self, prompts: Sequence[TokenIds], seeds: Sequence[int], max_new_tokens: int, eos_ids: Sequence[int], top_k: int
     ) -> list[Sample]:
@@ -236,19 +241,22 @@ def samples(steps: Sequence[tuple[Tensor, ...]], count: int, eos_ids: Sequence[i
     request, live, *columns = (torch.cat(column) for column in zip(*steps, strict=True))
     request = request[live]
     order = request.argsort(stable=True)  # each response's tokens together, in the order they were drawn
-    lengths = request.bincount(minlength=count).tolist()
-    types = (np.int32, np.float32, np.float32, np.int32, np.float32)
-    drawn = split([(column[live][order], kind) for column, kind in zip(columns, types, strict=True)], lengths)
+    lengths = request.bincount(minlength=count)
+    ids, logprobs, entropy, topk_ids, topk_logprobs = (column[live][order] for column in columns)
+    mean_entropy = torch.segment_reduce(entropy, "mean", lengths=lengths).tolist()
+    drawn = zip(
+        *(split(column, lengths.tolist()) for column in (ids.int(), logprobs, topk_ids.int(), topk_logprobs)), strict=True
+    )
     return [
-        Sample(ids, logprobs, float(entropy.mean()), "stop" if ids[-1] in eos_ids else "length", top_ids, top)
-        for ids, logprobs, entropy, top_ids, top in zip(*drawn, strict=True)
+        Sample(own, values, spread, "stop" if int(own[-1]) in eos_ids else "length", top, top_values)
+        for (own, values, top, top_values), spread in zip(drawn, mean_entropy, strict=True)
     ]
 
 
-def split(columns: Sequence[tuple[Tensor, type]], lengths: Sequence[int]) -> list[list[NDArray]]:
-    """Columns of tokens laid end to end as arrays of the given type, one a response."""
-    ends = np.cumsum(lengths)[:-1]
-    return [np.split(column.cpu().numpy().astype(kind, copy=False), ends) for column, kind in columns]
+def split(column: Tensor, lengths: Sequence[int]) -> list[NDArray]:
+    """What is laid end to end as one array a response."""
+    array = column.cpu().numpy()
+    return [array[end - length : end] for length, end in zip(lengths, accumulate(lengths), strict=True)]
 
 
 def uniforms(seeds: Sequence[int], start: int, count: int) -> NDArray[np.float64]:
