@@ -1,10 +1,10 @@
 """Ideas past the paper on the micro example, each against the same baseline with the same seeds, at equal rollouts.
 
     python benchmarks/options.py --seeds 1 2 3 4 5 6    # benchmarks/results/options.md; what is done is not run again
-    python benchmarks/options.py --only topk merged     # options whose name holds one of these words, and their baselines
+    python benchmarks/options.py --only top-8 merged    # options whose name holds one of these words, and their baselines
 
 An option is the project's own loop with one thing changed: parameters of the recipe, a rule of a preset, or a small subclass
-of ``camopd.recover.Session`` in options_ideas.py. Every run samples 160 batches of 64 responses and is evaluated
+of ``camopd.recover.Session`` in options_ideas.py. Every run samples 80 batches of 64 responses and is evaluated
 half-way and at its end.
 Each finished run is one line of benchmarks/results/options.jsonl; lines of other models or settings are ignored.
 """
@@ -48,7 +48,7 @@ RECIPE = str(ROOT / "recipes" / "micro.toml")
 SETTINGS: dict[str, Any] = {
     "method": "alternating",  # G, G, G, D without selection: every rollout counts
     "execution": "colocated",
-    "num_rounds": 10,
+    "num_rounds": 5,
     "steps_per_round": 16,
     "num_threads": 1,
     "rollout.prompts_per_step": 64,
@@ -87,7 +87,7 @@ OPTIONS = (
     Option("merged start 0.25", TOPK, session=partial(ideas.Merged, share=0.25)),
     Option("control variate, exact", SAMPLED, session=partial(ideas.WithRule, rule=ideas.control_variate)),
     Option("half reverse, half forward KL", TOPK, {"method": "both-ways"}),
-    Option("batches of 32, 320 updates", TOPK, {"rollout.prompts_per_step": 32, "num_rounds": 20}),
+    Option("batches of 32, 160 updates", TOPK, {"rollout.prompts_per_step": 32, "num_rounds": 10}),
     Option("gap and descent", TOPK, session=ideas.RemainingGap),
     Option("gap and descent, drift", TOPK, session=partial(ideas.RemainingGap, drift=True)),
     Option("explorers and token gate", SAMPLED, FOUR_ANSWERS, partial(ideas.Explorers, rule=ideas.gated)),
@@ -238,9 +238,9 @@ def write_report(options: Sequence[Option], seeds: Sequence[int], runs: Mapping[
     parts = [
         "# Ideas past the paper, on the micro example",
         f"`python benchmarks/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`, {machine()}.",
-        f"Seeds {', '.join(map(str, seeds))}. Every run samples 10,240 responses: 160 batches of 64 unless the option says "
+        f"Seeds {', '.join(map(str, seeds))}. Every run samples 5,120 responses: 80 batches of 64 unless the option says "
         "otherwise, in the order G, G, G, D without selection. Differences are paired by seed, with 95 % t-intervals. "
-        "Half-way is after 80 batches. `reviews` are the updates on domain prompts, `CPU s` the median processor seconds of "
+        "Half-way is after 40 batches. `reviews` are the updates on domain prompts, `CPU s` the median processor seconds of "
         "training, evaluation left out.",
     ]
     for base in BASES:

@@ -60,18 +60,17 @@ HALF_THE_MASS = {"branches.general.mass": 0.5, "branches.domain.mass": 0.5}
 HALF_MADE_UP = {"branches.general.teacher_prompts": 0.5, "branches.general.num_teacher_prompts": 3000}
 ALL_MADE_UP = {"branches.general.prompts": "teacher", "branches.general.num_teacher_prompts": 3000}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "top 1": {"score.top_k": 1},
-    "top 4": {"score.top_k": 4},
-    "top 16": {"score.top_k": 16},
-    "student's top 8": STUDENTS_TOP,
-    "student's top 8, selection by KL": STUDENTS_TOP | BY_KL,
-    "full vocabulary": {"score.signal": "full"},
-    "sampled token, empty answers left out": {"score.signal": "sampled"},
-    "half of the gap mass": HALF_THE_MASS,
     "half of the prompts from the teacher": HALF_MADE_UP,
     "all prompts from the teacher": ALL_MADE_UP,
+    "full vocabulary": {"score.signal": "full"},
+    "student's top 8": STUDENTS_TOP,
+    "student's top 8, selection by KL": STUDENTS_TOP | BY_KL,
     "no selection, full vocabulary, half from the teacher": {"method": "alternating-scaled", "score.signal": "full"}
     | HALF_MADE_UP,
+    "sampled token, empty answers left out": {"score.signal": "sampled"},
+    "half of the gap mass": HALF_THE_MASS,
+    "top 1": {"score.top_k": 1},
+    "top 16": {"score.top_k": 16},
 }
 
 
@@ -263,6 +262,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=6, help="how many: 1, 2, ...")
     parser.add_argument("--only", choices=[*SIGNALS, "options"], help="one group; default all")
     parser.add_argument("--quick", action="store_true", help="two seeds and few updates, into .cache/study")
+    parser.add_argument("--page", action="store_true", help="run nothing: write the page from the runs that are finished")
     arguments = parser.parse_args()
     # Before torch is imported here or in a worker; the runs' own progress would mix.
     os.environ |= {"OMP_NUM_THREADS": "1", "CAMOPD_PROGRESS": os.devnull, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -274,7 +274,8 @@ def main() -> None:
     jobs = jobs_of(variants, seeds, size)
     wanted = [job for job in jobs if arguments.only in (None, job.variant.group)]
     start, teacher = run_references(size)
-    do(wanted, path)
+    if not arguments.page:
+        do(wanted, path)
     study = Study(current(path, jobs), variants, size, seeds, start=start, teacher=teacher)
     write_docs(study, docs)
     print(docs / "results.md")
