@@ -1,15 +1,17 @@
 """What one update costs: seconds and peak memory against batch, response length and vocabulary; and the loss's memory alone.
 
-    python benchmarks/cost.py             # half an hour; writes benchmarks/results/cost.md and docs/images/cost.svg
+    python benchmarks/cost.py             # ten minutes; writes benchmarks/results/cost.md and docs/images/cost.svg
 
 The curves: random Qwen3 models of one shape; one of batch, length and vocabulary varies, the others stay at their base. Every
 response has the full length. Rollout, teacher (its top 8) and update (top-k signal, every sample) are those of a recovery.
-The loss: forward and backward pass at vocabulary 151,936, hidden width 1,024 and 8,192 tokens, beside the float32 logits that
-it never holds.
-
 Every point is a fresh process of one thread. Seconds are its processor time. Peak memory is its largest resident set (VmHWM,
 set back before each part, when what is free has gone back to the system) above what was resident before: models and optimiser
-state, or the loss's inputs. The gradients that the loss returns are taken off. Linux with glibc.
+state. Linux with glibc.
+
+The loss: forward and backward pass at vocabulary 151,936, hidden width 1,024 and 8,192 tokens, beside the float32 logits that
+it never holds. Its peak is the sum of the live tensors' storage after every operation, without inputs and returned gradients.
+It is counted on torch's meta device, which runs the same operations on shapes alone, so it holds for any machine; the resident
+set of the same loss on a CPU stayed within 15 MiB of it.
 """
 
 from __future__ import annotations
@@ -33,6 +35,10 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from camopd.config import load_recipe
@@ -49,6 +55,7 @@ PROMPT = 32  # tokens of each prompt
 PARTS = {"rollout": "rollout", "teacher": "teacher", "update": "student's update"}
 TOKENS, WIDTH, VOCABULARY = 8_192, 1_024, 151_936  # of the loss alone
 SIGNALS = ("sampled", "topk", "full")
+LOGITS_MIB = (16, 32, 64)
 Costs = Mapping[str, tuple[float, float]]  # by part: seconds, peak MiB
 
 
@@ -62,8 +69,8 @@ class Point:
 
 
 AXES: dict[str, Sequence[int]] = {
-    "batch": (8, 16, 32, 64, 128, 256),
-    "length": (16, 32, 64, 128, 256, 512),
+    "batch": (8, 16, 32, 64, 128),
+    "length": (16, 32, 64, 128, 256),
     "vocabulary": (1_024, 4_096, 16_384, 65_536, 151_936),
 }
 TITLES = {"batch": "prompts a step", "length": "tokens a response", "vocabulary": "vocabulary"}
@@ -144,32 +151,44 @@ def one_update(point: Point, seed: int, repeats: int) -> Costs:
     }
 
 
-def loss_alone(signal_name: str, seed: int, logits_mib: int) -> tuple[float, float]:
-    """Seconds of the loss's forward and backward pass, and its peak memory beyond inputs and returned gradients, MiB."""
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    hidden_TD = torch.randn(TOKENS, WIDTH).requires_grad_()
-    weight_VD = torch.randn(VOCABULARY, WIDTH).mul_(0.02).requires_grad_()
-    targets_T = torch.randint(VOCABULARY, (TOKENS,))
-    around = -float(np.log(VOCABULARY))  # the log-probability that most tokens have
-    signal: Signal
-    if signal_name == "sampled":
-        signal = Sampled(torch.full((TOKENS,), around))
-    elif signal_name == "topk":
-        signal = TopK(torch.randint(VOCABULARY, (TOKENS, TOP_K)), torch.full((TOKENS, TOP_K), around))
-    else:
-        signal = Full(torch.randn(TOKENS, WIDTH), torch.randn(VOCABULARY, WIDTH).mul_(0.02))
-    terms = Terms(torch.full((TOKENS,), 1 / TOKENS), torch.full((TOKENS,), around))
+class LiveStorage(TorchDispatchMode):
+    """Most bytes of tensors that were alive at once, those of ``inputs`` left out."""
 
-    def work() -> None:
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._inputs = WeakIdKeyDictionary({tensor.untyped_storage(): None for tensor in inputs})
+        self._alive = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        storages = [value.untyped_storage() for value in tree_leaves(result) if isinstance(value, Tensor)]
+        self._alive |= {storage: storage.nbytes() for storage in storages if storage not in self._inputs}
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return result
+
+
+def loss_peak(signal_name: str, logits_mib: int) -> float:
+    """Peak memory of the loss's forward and backward pass beyond its inputs and the gradients that it returns, MiB."""
+    with torch.device("meta"):
+        hidden_TD = torch.empty(TOKENS, WIDTH, requires_grad=True)
+        weight_VD = torch.empty(VOCABULARY, WIDTH, requires_grad=True)
+        targets_T = torch.empty(TOKENS, dtype=torch.long)
+        terms = Terms(torch.empty(TOKENS), torch.empty(TOKENS))
+        signals: dict[str, Signal] = {
+            "sampled": Sampled(torch.empty(TOKENS)),
+            "topk": TopK(torch.empty(TOKENS, TOP_K, dtype=torch.long), torch.empty(TOKENS, TOP_K)),
+            "full": Full(torch.empty(TOKENS, WIDTH), torch.empty(VOCABULARY, WIDTH)),
+        }
+    signal = signals[signal_name]
+    inputs = [hidden_TD, weight_VD, targets_T, *vars(signal).values(), terms.weight_T, terms.engine_T]
+    with LiveStorage(inputs) as live:
         limits = {"vocab_size": VOCABULARY, "logits_mib": logits_mib}
         loss, _ = chunked_objective(hidden_TD, weight_VD, targets_T, signal, terms, **limits)
         loss.backward()
-
-    _, (seconds, peak) = measured(work, above=resident())
     assert hidden_TD.grad is not None
     assert weight_VD.grad is not None
-    return seconds, peak - (hidden_TD.grad.nbytes + weight_VD.grad.nbytes) / MIB
+    return (live.peak - hidden_TD.grad.nbytes - weight_VD.grad.nbytes) / MIB
 
 
 # --- Shown ------------------------------------------------------------------------------------------------------------------
@@ -196,13 +215,13 @@ def curve_table(axis: str, costs: Mapping[Point, Costs]) -> str:
     return table(header, rows)
 
 
-def loss_table(costs: Mapping[str, tuple[float, float]]) -> str:
+def loss_table() -> str:
     logits = TOKENS * VOCABULARY * 4 / MIB
-    rows = [
-        [f"`{name}`", f"{seconds:.0f}", f"{peak:.0f}", f"{logits:.0f}", f"{peak / logits:.3f}"]
-        for name, (seconds, peak) in costs.items()
-    ]
-    return table(["signal", "s", "peak, MiB", "float32 logits, MiB", "share"], rows)
+    rows = []
+    for name in SIGNALS:
+        peaks = [loss_peak(name, logits_mib) for logits_mib in LOGITS_MIB]
+        rows.append([f"`{name}`", *(f"{peak:.0f} MiB, {peak / logits:.3f}" for peak in peaks)])
+    return table(["signal", *(f"`train.logits_mib` {logits_mib}" for logits_mib in LOGITS_MIB)], rows)
 
 
 def plot(costs: Mapping[Point, Costs]) -> None:
@@ -230,16 +249,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3, help="updates of each point after the first")
-    usual = load_recipe("micro").train.logits_mib
-    parser.add_argument(
-        "--logits-mib", type=int, default=usual, help=f"train.logits_mib of the loss alone, {usual} unless told"
-    )
     arguments = parser.parse_args()
     everywhere = list(dict.fromkeys(point for axis in AXES for point in points(axis)))
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        asked = [pool.submit(loss_alone, signal, arguments.seed, arguments.logits_mib) for signal in SIGNALS]
-        losses = {signal: future.result() for signal, future in zip(SIGNALS, asked, strict=True)}
-        print(loss_table(losses), flush=True)
         found = [pool.submit(one_update, point, arguments.seed, arguments.repeats) for point in everywhere]
         costs = {point: future.result() for point, future in zip(everywhere, found, strict=True)}
     plot(costs)
@@ -248,8 +260,7 @@ def main() -> None:
     text = "\n\n".join(
         [
             "# What an update costs",
-            f"`python benchmarks/cost.py --seed {arguments.seed} --repeats {arguments.repeats} --logits-mib "
-            f"{arguments.logits_mib}`, {platform.machine()}, "
+            f"`python benchmarks/cost.py --seed {arguments.seed} --repeats {arguments.repeats}`, {platform.machine()}, "
             f"{os.cpu_count()} cores, Python {platform.python_version()}, {packages}. Processor seconds of one thread and peak "
             "memory above what was resident before, each point in a fresh process; how stands at the head of the script.",
             f"Random Qwen3 models of four layers and width 128, prompts of {PROMPT} tokens, the teacher's top {TOP_K}, every "
@@ -257,8 +268,10 @@ def main() -> None:
             f"{base.vocabulary:,}. Medians of {arguments.repeats} updates. The plot is docs/images/cost.svg.",
             *(curve_table(axis, costs) for axis in AXES),
             f"The loss alone, forward and backward pass of {TOKENS:,} tokens at vocabulary {VOCABULARY:,} and width {WIDTH:,}, "
-            "beyond its inputs and the gradients that it returns, against the float32 logits that it never holds:",
-            loss_table(losses),
+            "beyond its inputs and the gradients that it returns: peak, and its share of the float32 logits that it never "
+            f"holds ({TOKENS * VOCABULARY * 4 / MIB:,.0f} MiB), by how many MiB of logits are alive at once "
+            f"({load_recipe('micro').train.logits_mib} unless the recipe says otherwise):",
+            loss_table(),
         ]
     )
     RESULTS.write_text(text + "\n", encoding="utf-8")
