@@ -176,8 +176,8 @@ def same_work(examine: Any, python: Mapping[str, Path], options: argparse.Namesp
     """General prompts alone, in turns: one row a seed and contestant, with its turns (the first left out) and scores."""
     rows = []
     for seed in options.seeds:
-        # TRL has no such diagnostics. Each side has the batching that suits it: ours splits by length, so little is padding.
-        ours = {"method": "general-only", "score.signal": "full", "train.diagnose_every": 0, "train.batch_tokens": 900}
+        # TRL has no such diagnostics.
+        ours = {"method": "general-only", "score.signal": "full", "train.diagnose_every": 0}
         job = make_job(seed=seed, cycle=[0], rollouts=options.rollouts, **ours)
         with contestants(dict.fromkeys((TRL, TORCH, OURS), job), python) as runners:
             for turn in range(options.updates // options.turn):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from camopd.records import _values, open_table, read_metadata, read_prompts, read_table, write_table
+from camopd.records import PromptTable, _values, open_table, read_metadata, read_table, write_table
 
 KEY = {"prompt_id": "a", "sample_index": 0, "branch": "general", "step": 3}
 FLOATS = st.floats(width=32, allow_nan=False)
@@ -128,9 +128,11 @@ def test_another_table_is_refused_by_name(tmp_path) -> None:
 def test_prompts_are_read_by_row_across_row_groups(tmp_path) -> None:
     table = pa.table({"prompt_id": [f"p{i}" for i in range(10)], "token_ids": [[i] * (i + 1) for i in range(10)]})
     pq.write_table(table, tmp_path / "p.parquet", row_group_size=3)
-    found = read_prompts(tmp_path / "p.parquet", [9, 0, 4, 4])
+    table_read = PromptTable(tmp_path / "p.parquet")
+    found = table_read.rows([9, 0, 4, 4])
     expected = [("p9", [9] * 10), ("p0", [0]), ("p4", [4] * 5), ("p4", [4] * 5)]
     assert [(row["prompt_id"], row["token_ids"].tolist()) for row in found] == expected
+    assert table_read.rows([]) == []
 
 
 def test_prompt_ids_may_be_plain_lists(tmp_path) -> None:

@@ -19,7 +19,7 @@ from camopd.inputs.prompts import Prompt, Rejected
 from camopd.inputs.tasks import fingerprint
 from camopd.inputs.teacher_prompts import Tally, flaw, known_prompts, make_prompts, read_sample, user_turn
 from camopd.inputs.tokens import Encoder
-from camopd.records import open_table, read_prompts, read_table
+from camopd.records import PromptTable, open_table, read_table
 from camopd.schedule import seed_of
 
 MICRO = Path(__file__).parents[1] / "examples" / "micro" / "general"
@@ -281,7 +281,7 @@ def test_the_table_is_that_of_a_prompt_file(tmp_path: Path) -> None:
     assert (first["prompt_id"], first["line"], first["text"]) == ("teacher-general-1", 1, text)
     assert first["token_ids"].tolist() == byte_tokenizer(QWEN)(text, add_special_tokens=False)["input_ids"]
     assert (second["prompt_id"], second["line"]) == ("teacher-general-3", 3)
-    assert [row["prompt_id"] for row in read_prompts(path, [1, 0])] == ["teacher-general-3", "teacher-general-1"]
+    assert [row["prompt_id"] for row in PromptTable(path).rows([1, 0])] == ["teacher-general-3", "teacher-general-1"]
     assert known_prompts(path) == {fingerprint(text), fingerprint(rendered("And now what?"))}
 
 

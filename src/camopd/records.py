@@ -7,6 +7,7 @@ log-probabilities float32 numpy arrays, (L,) or (L, K) for L tokens of a respons
 from __future__ import annotations
 
 import contextlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,19 +158,25 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in metadata.items() if not key.startswith(b"ARROW:")}
 
 
-def read_prompts(path: Path, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """The prompts at those rows, in that order. Reads only the row groups that hold them."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+class PromptTable:
+    """Prompts of a table, read once and kept as Arrow arrays, four bytes a token: a round asks for rows from everywhere."""
 
-    file = pq.ParquetFile(path)
-    sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    starts = np.cumsum([0, *sizes])
-    wanted = np.asarray(rows)
-    group = np.searchsorted(starts, wanted, side="right") - 1
-    needed = sorted(set(group.tolist()))
-    table = file.read_row_groups(needed, columns=["prompt_id", "token_ids"])
-    offset = dict(zip(needed, np.cumsum([0, *(sizes[g] for g in needed)]), strict=False))
-    index = [int(offset[g] + row - starts[g]) for g, row in zip(group.tolist(), rows, strict=True)]
-    return _rows(table.take(pa.array(index)))
+    def __init__(self, path: Path) -> None:
+        import numpy as np
+        import pyarrow.parquet as pq
+
+        batches = pq.read_table(path, columns=["prompt_id", "token_ids"]).to_batches()
+        self._ids = [batch["prompt_id"] for batch in batches]
+        self._edges = [batch["token_ids"].offsets.to_numpy() for batch in batches]
+        self._tokens = [batch["token_ids"].values.to_numpy() for batch in batches]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)]).tolist()
+
+    def rows(self, wanted: Sequence[int]) -> list[dict[str, Any]]:
+        """The prompts at those rows, in that order; token ids are views."""
+        found = []
+        for row in wanted:
+            part = bisect_right(self._starts, row) - 1
+            place = row - self._starts[part]
+            begin, end = self._edges[part][place : place + 2]
+            found.append({"prompt_id": self._ids[part][place].as_py(), "token_ids": self._tokens[part][begin:end]})
+        return found

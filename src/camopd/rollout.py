@@ -13,7 +13,7 @@ from camopd.engines import Engine, Sample, load_engine
 from camopd.errors import UnhealthyRunError
 from camopd.plan import Plan
 from camopd.progress import Progress
-from camopd.records import read_prompts, write_table
+from camopd.records import PromptTable, write_table
 from camopd.runtime import set_threads
 from camopd.schedule import Schedule, prompt_slice, seed_of, share_slice
 from camopd.store import Manifest, Store, join
@@ -122,19 +122,20 @@ class PromptTables:
     def __init__(self, plan: Plan, store: Store) -> None:
         names = [branch.name for branch in plan.recipe.branches if branch.name in plan.num_prompts]
         plan_uri = layout.plan_uri(plan.run_uri)
-        self._paths = {(name, "file"): store.fetch(join(plan_uri, layout.prompts_file(name))) for name in names}
+        paths = {(name, "file"): store.fetch(join(plan_uri, layout.prompts_file(name))) for name in names}
         self.num_teacher_prompts: dict[str, int] = {}
         for branch in plan.recipe.branches:
             if branch.teacher_prompts and branch.steps:
                 uri = layout.teacher_prompts_uri(plan.run_uri, branch.name)
                 self.num_teacher_prompts[branch.name] = store.require(uri).metrics["accepted"]
-                self._paths[branch.name, "teacher"] = store.fetch(join(uri, "prompts.parquet"))
+                paths[branch.name, "teacher"] = store.fetch(join(uri, "prompts.parquet"))
+        self._tables = {key: PromptTable(path) for key, path in paths.items()}
 
     def fill(self, wanted: Sequence[Row]) -> None:
         """Give each request its ``prompt_id`` and ``prompt_ids``."""
-        for key, path in self._paths.items():
+        for key, table in self._tables.items():
             own = [request for request in wanted if (request["branch"], request["table"]) == key]
-            for request, prompt in zip(own, read_prompts(path, [r["row"] for r in own]) if own else [], strict=True):
+            for request, prompt in zip(own, table.rows([request["row"] for request in own]), strict=True):
                 request |= {"prompt_id": prompt["prompt_id"], "prompt_ids": prompt["token_ids"]}
 
 

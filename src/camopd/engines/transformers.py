@@ -20,13 +20,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from camopd.engines import Sample, Scores, TokenIds
 from camopd.engines.cache import roomy_cache
+from camopd.engines.packing import hidden_states, use_packing
 from camopd.errors import InputError, Problem
 from camopd.inputs.checks import nonfinite_parameters
 from camopd.losses import rows_at_once, token_logprobs
 
 LOGITS_MIB = 64  # size of the float32 logits that are alive at once while scoring
 DRAWS = 64  # uniform numbers drawn at a time for each sequence
-MIN_LIVE = 0.75  # a batch is cut down to its unfinished sequences once no larger share is left: each cut copies the cache
+MIN_LIVE = 0.5  # a batch is cut down to its unfinished sequences once no larger share is left: each cut copies the cache
 disable_progress_bar()  # bars for loading and saving shards, which no log needs
 
 
@@ -44,7 +45,7 @@ def load_model(path: Path) -> PreTrainedModel:
     bad = nonfinite_parameters(model.named_parameters())
     if bad:
         raise InputError([Problem(str(path), f"{name} holds NaN or infinity", "export the checkpoint again") for name in bad])
-    return model.to(device()).eval()  # type: ignore[arg-type]
+    return use_packing(model.to(device()).eval())  # type: ignore[arg-type]
 
 
 def output_head(model: PreTrainedModel) -> torch.nn.Linear:
@@ -54,21 +55,14 @@ def output_head(model: PreTrainedModel) -> torch.nn.Linear:
         InputError: the layer has a bias, or the architecture changes its logits after it (soft caps, scales).
     """
     head = model.get_output_embeddings()
-    probe = torch.arange(min(8, head.weight.shape[0]), device=model.device)[None]
+    probe = torch.arange(min(8, head.weight.shape[0]), device=model.device)
+    length = torch.tensor([len(probe)], device=model.device)
     with torch.no_grad():
-        whole, ours = model(probe, use_cache=False).logits, hidden_states(model, probe) @ head.weight.mT
+        whole, ours = model(probe[None], use_cache=False).logits[0], hidden_states(model, probe, length) @ head.weight.mT
     if head.bias is not None or not torch.allclose(whole, ours, atol=1e-3):
         what = f"{type(model).__name__} adds a bias to its logits or changes them after the output layer"
         raise InputError([Problem(str(model.config.name_or_path), what, "only plain output layers are supported")])
     return head
-
-
-def hidden_states(model: PreTrainedModel, input_ids_NS: Tensor) -> Tensor:
-    """Last hidden states (N, S, D) of rows padded on the right.
-
-    There is no padding mask: attention is causal, so no token sees the padding that comes after it.
-    """
-    return model.base_model(input_ids=input_ids_NS, use_cache=False).last_hidden_state
 
 
 def response_hidden(model: PreTrainedModel, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> Tensor:
@@ -76,17 +70,14 @@ def response_hidden(model: PreTrainedModel, prompts: Sequence[TokenIds], respons
 
     Position p predicts token p + 1, so a response of L tokens after a prompt of P is read at positions P - 1 .. P + L - 2.
     """
-    starts = np.array([len(prompt) - 1 for prompt in prompts])
-    lengths = np.array([len(response) for response in responses])
-    width = int((starts + lengths).max())  # the last token of a row predicts nothing that is asked for
-    rows = np.zeros((len(prompts), width), np.int64)
-    for row, prompt, response in zip(rows, prompts, responses, strict=True):
-        row[: len(prompt)] = prompt
-        row[len(prompt) : len(prompt) + len(response) - 1] = response[:-1]
-    position = np.arange(width)
-    read = (position >= starts[:, None]) & (position < (starts + lengths)[:, None])
-    hidden = hidden_states(model, torch.from_numpy(rows).to(model.device))
-    return hidden.flatten(0, 1)[torch.from_numpy(read.ravel().nonzero()[0]).to(model.device)]
+    where = model.device
+    pieces = [piece for prompt, response in zip(prompts, responses, strict=True) for piece in (prompt, response[:-1])]
+    tokens = torch.from_numpy(np.concatenate(pieces).astype(np.int64)).to(where)
+    lengths = np.array([len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses, strict=True)])
+    ends = zip(lengths.cumsum().tolist(), responses, strict=True)
+    read = np.concatenate([np.arange(end - len(response), end) for end, response in ends])
+    hidden = hidden_states(model, tokens, torch.from_numpy(lengths).to(where))
+    return hidden.index_select(0, torch.from_numpy(read).to(where))
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
