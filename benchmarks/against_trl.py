@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from page import machine, table
 
 from camopd.config import load_recipe
 
@@ -225,10 +226,6 @@ def ratios(rows: Sequence[Mapping[str, Any]], other: str, key: str) -> list[floa
     return [ours / theirs for ours, theirs in zip(turns[OURS], turns[other], strict=True)]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
-
-
 def same_work_text(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> list[str]:
     def line(name: str) -> list[str]:
         own = [row for row in rows if row["name"] == name]
@@ -297,12 +294,10 @@ def main() -> None:
     with examiner() as examine:
         work = same_work(examine, python, options)
         quality = time_to_quality(examine, python, options)
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    packages += f", {TRL_PACKAGES[0].replace('==', ' ')} (`DistillationTrainer`)"
     text = [
         "# Against TRL and a bare torch loop",
-        f"`python benchmarks/against_trl.py`, {platform.machine()}, {os.cpu_count()} cores, one thread each, Python "
-        f"{platform.python_version()}, {packages}. Micro example, learning rate {load_recipe(RECIPE).train.learning_rate:g}, "
+        f"`python benchmarks/against_trl.py`, {machine(note='one thread each')}, {TRL_PACKAGES[0].replace('==', ' ')} "
+        f"(`DistillationTrainer`). Micro example, learning rate {load_recipe(RECIPE).train.learning_rate:g}, "
         f"temperature 1, seeds {', '.join(map(str, options.seeds))}. A spread is median (least to greatest).",
         *same_work_text(work, options),
         *quality_text(quality, options),

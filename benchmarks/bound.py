@@ -15,19 +15,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from page import machine, table
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
@@ -37,7 +36,7 @@ from camopd.engines.transformers import load_model, pad_left, token_batches
 from camopd.plan import Plan
 from camopd.recover import Session
 from camopd.store import Store
-from camopd.train import make_optimizer
+from camopd.update import make_optimizer
 
 RESULTS = Path(__file__).with_name("results") / "bound.md"
 PARTS = {"rollout": "rollout", "score": "teacher", "train": "student's update", "step": "whole step"}
@@ -170,15 +169,15 @@ def measure(method: str, *, seed: int, repeats: int, steps: int, warm_up: int) -
     return measured
 
 
-def table(measured: Sequence[Seconds], steps: int) -> str:
-    lines = ["| part | ours, ms a step | bare, ms a step | ratio | lowest | highest |", "|---|---|---|---|---|---|"]
+def ratios(measured: Sequence[Seconds], steps: int) -> str:
+    rows = []
     for part, title in PARTS.items():
         ours, bare = ([1000 * seconds[side][part] / steps for seconds in measured] for side in (0, 1))
         ratios = [a / b for a, b in zip(ours, bare, strict=True)]
         cells = [f"{statistics.median(column):.1f}" for column in (ours, bare)]
         cells += [f"{value:.2f}" for value in (statistics.median(ratios), min(ratios), max(ratios))]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([title, *cells])
+    return table(["part", "ours, ms a step", "bare, ms a step", "ratio", "lowest", "highest"], rows)
 
 
 def main() -> None:
@@ -188,19 +187,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of each repeat")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before it began"
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    before = machine(note=f"load {os.getloadavg()[0]:.1f} before it began")
     parts = [
         "# Ours against the bare model operations",
         f"`python benchmarks/bound.py --repeats {arguments.repeats} --steps {arguments.steps} --seed {arguments.seed}`, "
-        f"{machine}, Python {platform.python_version()}, {packages}. Processor seconds, {arguments.repeats} repeats "
+        f"{before}. Processor seconds, {arguments.repeats} repeats "
         f"of {arguments.steps} steps of 64 prompts after 8 to warm up; medians over the repeats, and the ratio's lowest and "
         "highest. What is compared stands at the head of the script.",
     ]
     for method in arguments.methods:
         measured = measure(method, seed=arguments.seed, repeats=arguments.repeats, steps=arguments.steps, warm_up=8)
         what = "trains on every sample" if method == "alternating" else "trains on what it selects, and so does the bare side"
-        parts += [f"`{method}`, which {what}:", table(measured, arguments.steps)]
+        parts += [f"`{method}`, which {what}:", ratios(measured, arguments.steps)]
     text = "\n\n".join(parts) + "\n"
     RESULTS.write_text(text, encoding="utf-8")
     print(text)

@@ -18,15 +18,12 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import os
-import platform
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,6 +32,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from page import machine, table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -45,7 +43,7 @@ from camopd.config import load_recipe
 from camopd.engines.transformers import TransformersEngine
 from camopd.evaluation.charts import COLOURS, NO_METADATA, STYLE
 from camopd.losses import Full, Sampled, Signal, Terms, TopK, chunked_objective
-from camopd.train import make_optimizer, update
+from camopd.update import make_optimizer, update
 
 RESULTS = Path(__file__).with_name("results") / "cost.md"
 PLOT = Path(__file__).parents[1] / "docs" / "images" / "cost.svg"
@@ -198,10 +196,6 @@ def points(axis: str) -> list[Point]:
     return [replace(Point(), **{axis: value}) for value in AXES[axis]]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
-
-
 def curve_table(axis: str, costs: Mapping[Point, Costs]) -> str:
     header = [TITLES[axis], *(f"{title}, s" for title in PARTS.values()), *(f"{title}, MiB" for title in PARTS.values())]
     rows = [
@@ -256,12 +250,11 @@ def main() -> None:
         costs = {point: future.result() for point, future in zip(everywhere, found, strict=True)}
     plot(costs)
     base = Point()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     text = "\n\n".join(
         [
             "# What an update costs",
-            f"`python benchmarks/cost.py --seed {arguments.seed} --repeats {arguments.repeats}`, {platform.machine()}, "
-            f"{os.cpu_count()} cores, Python {platform.python_version()}, {packages}. Processor seconds of one thread and peak "
+            f"`python benchmarks/cost.py --seed {arguments.seed} --repeats {arguments.repeats}`, {machine()}. "
+            "Processor seconds of one thread and peak "
             "memory above what was resident before, each point in a fresh process; how stands at the head of the script.",
             f"Random Qwen3 models of four layers and width 128, prompts of {PROMPT} tokens, the teacher's top {TOP_K}, every "
             f"sample trained on; at the base {base.batch} prompts a step, {base.length} tokens a response, vocabulary "

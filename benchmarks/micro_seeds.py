@@ -10,16 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from page import machine, table
 
 from camopd import plan as layout
 from camopd.evaluate import evaluation_uri
@@ -79,10 +79,6 @@ HEADER = [
 ]  # fmt: skip
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -100,13 +96,11 @@ def main() -> None:
             shares["retained"].append(evaluation["retained"]["domain"]["value"])
     spread = [f"{name} share: mean {statistics.mean(v):.3f}, {min(v):.3f} to {max(v):.3f}" for name, v in shares.items()]
     medians = [[stage, f"{statistics.median(t[stage] for t in times):.1f}"] for stage in times[0]]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "kfp", "mlflow", "lm-eval"))
     text = "\n\n".join(
         [
             "# The micro example over seeds",
-            f"`python benchmarks/micro_seeds.py --seeds {' '.join(map(str, arguments.seeds))}`, {platform.machine()}, "
-            f"{os.cpu_count()} cores, Python {platform.python_version()}, {packages}. "
-            "Intervals are 95 %, paired bootstrap by sample.",
+            f"`python benchmarks/micro_seeds.py --seeds {' '.join(map(str, arguments.seeds))}`, "
+            f"{machine('kfp', 'mlflow', 'lm-eval')}. Intervals are 95 %, paired bootstrap by sample.",
             table(HEADER, rows),
             "Over the seeds: " + "; ".join(spread) + ".",
             "Seconds by stage, all rounds together, median over the seeds (process starts and tracking come on top):",

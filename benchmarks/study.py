@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from study_ideas import EXTRA_PRESETS, IDEAS, extra_presets
 from study_numbers import YARDSTICK, Run, Size, Study, Variant
 from study_report import PAPER, page
 
@@ -46,7 +47,7 @@ RECIPE = ROOT / "recipes" / "micro.toml"
 RESULTS = Path(__file__).with_name("results") / "study.jsonl"
 PROCESSES = 2
 FULL = Size(num_rounds=10, steps_per_round=8, prompts_per_step=64)
-QUICK = Size(num_rounds=2, steps_per_round=4, prompts_per_step=64)
+QUICK = Size(num_rounds=2, steps_per_round=8, prompts_per_step=64)
 MOST = 4  # times the equal rollouts: where a run that selects hard ends, whatever tokens it has had
 
 SIGNALS: dict[str, dict[str, Any]] = {
@@ -59,55 +60,93 @@ BY_KL = {"branches.general.score": "kl", "branches.domain.score": "kl"}
 HALF_THE_MASS = {"branches.general.mass": 0.5, "branches.domain.mass": 0.5}
 HALF_MADE_UP = {"branches.general.teacher_prompts": 0.5, "branches.general.num_teacher_prompts": 3000}
 ALL_MADE_UP = {"branches.general.prompts": "teacher", "branches.general.num_teacher_prompts": 3000}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "half of the prompts from the teacher": HALF_MADE_UP,
-    "all prompts from the teacher": ALL_MADE_UP,
-    "full vocabulary": {"score.signal": "full"},
-    "student's top 8": STUDENTS_TOP,
-    "student's top 8, selection by KL": STUDENTS_TOP | BY_KL,
-    "no selection, full vocabulary, half from the teacher": {"method": "alternating-scaled", "score.signal": "full"}
-    | HALF_MADE_UP,
-    "sampled token, empty answers left out": {"score.signal": "sampled"},
-    "half of the gap mass": HALF_THE_MASS,
-    "top 1": {"score.top_k": 1},
-    "top 16": {"score.top_k": 16},
-}
+TOPK, CAMOPD, SAMPLED = "topk/alternating-scaled", "topk/camopd", "sampled/alternating-scaled"
 
 
-def all_variants(size: Size) -> list[Variant]:
-    """Every preset with every signal that it is defined for, in the paper's order, and options of the recipe's own method."""
+def turns(general: int, domain: int) -> dict[str, Any]:
+    """General updates, then domain updates."""
+    return {"branches.general.steps": general, "branches.domain.steps": domain}
+
+
+FOUR_ANSWERS = {"rollout.samples_per_prompt": 4, "rollout.prompts_per_step": FULL.prompts_per_step // 4}
+HALF_BATCHES = {"rollout.prompts_per_step": FULL.prompts_per_step // 2, "steps_per_round": 2 * FULL.steps_per_round}
+# (baseline, name, parameters on top of the baseline's, idea of study_ideas)
+OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
+    (TOPK, "half of the prompts from the teacher", HALF_MADE_UP, ""),
+    (TOPK, "all prompts from the teacher", ALL_MADE_UP, ""),
+    (TOPK, "half from the teacher, 2:1", HALF_MADE_UP | turns(2, 1), ""),
+    (TOPK, "half from the teacher, 1:1", HALF_MADE_UP | turns(1, 1), ""),
+    (TOPK, "all from the teacher, 1:1", ALL_MADE_UP | turns(1, 1), ""),
+    (TOPK, "1:1", turns(1, 1), ""),
+    (TOPK, "7:1", turns(7, 1), ""),
+    (TOPK, "merged start", {}, "merged start"),
+    (TOPK, "merged start, 1:1", turns(1, 1), "merged start"),
+    (TOPK, "merged start, half from the teacher, 1:1", HALF_MADE_UP | turns(1, 1), "merged start"),
+    (TOPK, "pulled to the general teacher", {}, "pulled"),
+    (TOPK, "full vocabulary", {"score.signal": "full"}, ""),
+    (TOPK, "student's top 8", STUDENTS_TOP, ""),
+    (TOPK, "top 1", {"score.top_k": 1}, ""),
+    (TOPK, "top 16", {"score.top_k": 16}, ""),
+    (TOPK, "forward KL", {"method": "forward"}, ""),
+    (TOPK, "half reverse, half forward KL", {"method": "both-ways"}, ""),
+    (TOPK, "Jensen-Shannon divergence", {"method": "jensen-shannon"}, ""),
+    (TOPK, "schedule by gap and descent", {}, "gap and descent"),
+    (TOPK, "schedule by gap and drift", {}, "gap and drift"),
+    (TOPK, "spaced review", {}, "spaced review"),
+    (TOPK, "two updates a batch", {}, "two updates"),
+    (TOPK, "half of the batch, twice the updates", HALF_BATCHES, ""),
+    (TOPK, "twice the rate", {"train.learning_rate": 4e-4}, ""),
+    (TOPK, "twice the rate, decaying", {"train.learning_rate": 4e-4}, "decaying rate"),
+    (TOPK, "moments by branch", {}, "own moments"),
+    (TOPK, "prompt tokens too", {}, "prompt tokens"),
+    (CAMOPD, "half of the gap mass", HALF_THE_MASS, ""),
+    (CAMOPD, "student's top 8, selected by gap", STUDENTS_TOP, ""),
+    (CAMOPD, "student's top 8, selected by KL", STUDENTS_TOP | BY_KL, ""),
+    (CAMOPD, "half of the prompts from the teacher, selected", HALF_MADE_UP, ""),
+    (SAMPLED, "control variate", {}, "control variate"),
+    (SAMPLED, "control variate, top 8", {}, "control variate, top 8"),
+    (SAMPLED, "token gate", {}, "token gate"),
+    (SAMPLED, "explorers", FOUR_ANSWERS, "explorers"),
+    (SAMPLED, "explorers and token gate", FOUR_ANSWERS, "explorers and token gate"),
+    (SAMPLED, "empty answers left out", {"score.empty_answers": "skip"}, ""),
+)
+
+
+def all_variants() -> list[Variant]:
+    """Every preset with every signal that it is defined for, in the paper's order, and the options."""
     order = [*PAPER, *(name for name in presets() if name not in PAPER)]
     found = [
         Variant(signal, name, {"method": name, **parameters})
         for signal, parameters in SIGNALS.items()
         for name, preset in sorted(presets().items(), key=lambda item: order.index(item[0]))
-        if signal in preset.signals
+        if signal in preset.signals and name not in EXTRA_PRESETS
     ]
-    half = {"rollout.prompts_per_step": size.prompts_per_step // 2, "steps_per_round": 2 * size.steps_per_round}
-    options = OPTIONS | {"half of the batch, twice the updates": half}
-    return found + [Variant("options", name, {"method": "camopd", **parameters}) for name, parameters in options.items()]
+    base = {variant.key: variant.parameters for variant in found}
+    return found + [
+        Variant("options", name, {**base[other], **parameters}, other, idea) for other, name, parameters, idea in OPTIONS
+    ]
 
 
 def recipe_of(variant: Variant, seed: int, size: Size, output: str) -> Recipe:
-    """The recipe of a variant's run; it is allowed ``MOST`` times the equal rollouts."""
+    """The recipe of a variant's run; a preset is allowed ``MOST`` times the equal rollouts."""
     parameters: dict[str, Any] = {
         "steps_per_round": size.steps_per_round,
         "rollout.prompts_per_step": size.prompts_per_step,
         **variant.parameters,
         "execution": "colocated",
-        "num_rounds": MOST * size.num_rounds,
+        "num_rounds": size.num_rounds * (1 if variant.group == "options" else MOST),
         "seed": seed,
         "output": output,
     }
     return load_recipe(RECIPE, parameters)
 
 
-def identity(recipe: Recipe, store: Store) -> str:
-    """What makes a result what it is: settings, models, prompts and tasks."""
+def identity(recipe: Recipe, idea: str, store: Store) -> str:
+    """What makes a result what it is: settings, models, prompts, tasks and what is done differently."""
     content_ids, _ = prepare.resolve(recipe, store)
     assert recipe.evaluate.task_dir is not None
     tasks = store.content_id(recipe.evaluate.task_dir)
-    return digest([layout.training_config(recipe, content_ids), tasks]).removeprefix("sha256:")[:12]
+    return digest([layout.training_config(recipe, content_ids), tasks, idea]).removeprefix("sha256:")[:12]
 
 
 # --- One run ----------------------------------------------------------------------------------------------------------------
@@ -157,18 +196,16 @@ def scores_of(uris: Mapping[int, str], plan: Plan, store: Store) -> dict[int, di
 
 def run(job: Job) -> Run:
     """Train until both budgets are reached, and measure at half of the rollouts, at all of them and at the token budget."""
-    from camopd.recover import Session
-
     store = Store()
     tokens: list[int] = []
     seconds: list[float] = []
     clipped: list[int] = []
     stopped = ""
-    with tempfile.TemporaryDirectory(prefix="camopd-study-") as folder:
+    with extra_presets(), tempfile.TemporaryDirectory(prefix="camopd-study-") as folder:
         plan = prepare.run(recipe_of(job.variant, job.seed, job.size, folder), store=store)
         begun = time.process_time()
         try:
-            session = Session(plan, 1, store)
+            session = IDEAS[job.variant.idea](plan, 1, store)
             for number, uri in enumerate(plan.rounds, 1):
                 session.round(number)
                 steps = json.loads(store.read(join(layout.checkpoint_uri(uri), "steps.json")))
@@ -216,9 +253,11 @@ def write_result(path: Path, result: Run) -> None:
 
 def jobs_of(variants: Sequence[Variant], seeds: Sequence[int], size: Size) -> list[Job]:
     store = Store()
-    return [
-        Job(variant, seed, size, identity(recipe_of(variant, seed, size, "."), store)) for variant in variants for seed in seeds
-    ]
+
+    def job(variant: Variant, seed: int) -> Job:
+        return Job(variant, seed, size, identity(recipe_of(variant, seed, size, "."), variant.idea, store))
+
+    return [job(variant, seed) for variant in variants for seed in seeds]
 
 
 def with_budget(job: Job, results: Sequence[Run]) -> Job:
@@ -264,14 +303,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two seeds and few updates, into .cache/study")
     parser.add_argument("--page", action="store_true", help="run nothing: write the page from the runs that are finished")
     arguments = parser.parse_args()
-    # Before torch is imported here or in a worker; the runs' own progress would mix.
+    # For the workers: one thread each, and no progress lines, which would mix.
     os.environ |= {"OMP_NUM_THREADS": "1", "CAMOPD_PROGRESS": os.devnull, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     size, seeds = (QUICK, [1, 2]) if arguments.quick else (FULL, list(range(1, arguments.seeds + 1)))
     path = ROOT / ".cache" / "study" / "study.jsonl" if arguments.quick else RESULTS
     docs = path.parent if arguments.quick else ROOT / "docs"
 
-    variants = all_variants(size)
-    jobs = jobs_of(variants, seeds, size)
+    variants = all_variants()
+    with extra_presets():
+        jobs = jobs_of(variants, seeds, size)
     wanted = [job for job in jobs if arguments.only in (None, job.variant.group)]
     start, teacher = run_references(size)
     if not arguments.page:

@@ -32,11 +32,21 @@ class Size:
 
 @dataclass(frozen=True)
 class Variant:
-    """Something to compare: ``group`` is sampled, topk or options, ``parameters`` go on top of the recipe."""
+    """Something to compare.
+
+    Attributes:
+        group: sampled, topk or options.
+        name: unique in its group.
+        parameters: on top of the recipe.
+        base: key of the variant that an option changes.
+        idea: of study_ideas.IDEAS, where the loop itself is another.
+    """
 
     group: str
     name: str
     parameters: Mapping[str, Any]
+    base: str = ""
+    idea: str = ""
 
     @property
     def key(self) -> str:
@@ -142,6 +152,11 @@ class Study:
 
     def keys(self, *groups: str) -> list[str]:
         return [key for key, variant in self.variants.items() if variant.group in groups]
+
+    def bases(self) -> list[str]:
+        """What options are compared with, as far as it was run."""
+        named = dict.fromkeys(self.variants[key].base for key in self.keys("options"))
+        return [key for key in named if key in self.variants]
 
     def token_budget(self, key: str, seed: int) -> int | None:
         """What the yardstick with the same signal and seed trained on."""

@@ -13,7 +13,6 @@ from study_numbers import Budget, Measure, Study, t_interval
 
 from camopd.evaluation.charts import COLOURS, INK, NO_METADATA, STYLE
 
-BASE = "topk/camopd"
 CURVES = ("mopd", "mopd-3to1", "alternating", "alternating-scaled", "selection", "camopd")
 PAGE = STYLE | {"figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white"}
 
@@ -31,13 +30,15 @@ def plots(study: Study) -> dict[str, str]:
                 ]
                 found[group] = strips(study, study.keys(group), panels)
                 found[f"{group}-budget"] = curves(study, group)
-        if study.keys("options") and BASE in study.variants:
+        if study.bases():
+            options = study.keys("options")
+            rows = [k for base in study.bases() for k in (base, *(o for o in options if study.variants[o].base == base))]
             panels = [
                 ("recovered share, equal rollouts", "rollouts", "recovered"),
                 ("accuracy on unseen kinds", "rollouts", "unseen"),
                 ("retained share, equal rollouts", "rollouts", "retained"),
             ]
-            found["options"] = strips(study, [BASE, *study.keys("options")], panels)
+            found["options"] = strips(study, rows, panels)
     return found
 
 
@@ -57,8 +58,11 @@ def strips(study: Study, keys: Sequence[str], panels: Sequence[tuple[str, Budget
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.margins(x=0.06)
-    names = ["the recipe (camopd)" if key == BASE and len(keys) > 1 and keys[1].startswith("options") else key for key in keys]
-    axes.set_yticks(range(len(keys)), [name.partition("/")[2] or name for name in names])
+    mixed = len({key.partition("/")[0] for key in keys}) > 1  # baselines and their options
+    names = [
+        f"{name} ({group})" if mixed and group != "options" else name for group, _, name in (k.partition("/") for k in keys)
+    ]
+    axes.set_yticks(range(len(keys)), names)
     axes.set_ylim(len(keys) - 0.4, -0.6)
     return _svg(figure)
 

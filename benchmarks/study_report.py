@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 
+from page import machine, table
 from study_numbers import Budget, Interval, Measure, Study
 
-BASE = "topk/camopd"  # the recipe as it is, which the options change
 CONTROLS = ("mopd", "mopd-3to1", "alternating-scaled")
 KEPT = 0.95  # mean retained share below which nothing is recommended
 SIGNALS = {"sampled": "the sampled token's log-probability, as in the paper", "topk": "the teacher's top 8, as in the recipe"}
@@ -57,10 +54,6 @@ CLAIMS = (
 
 
 # --- Words and tables -------------------------------------------------------------------------------------------------------
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def listed(names: Sequence[str]) -> str:
@@ -283,19 +276,18 @@ def page(study: Study) -> str:
             sections += [f"## Signal {group}: {what}", *signal_section(study, group)]
     if all(study.keys(group) for group in SIGNALS):
         sections += ["## What the denser signal is worth", signal_worth(study)]
-    if study.keys("options") and BASE in study.variants:
+    if study.keys("options"):
         sections += ["## Options", *option_section(study)]
     return "\n\n".join([*sections, "## Stopped runs", stops(study), "## How to read this", *reading(study)]) + "\n"
 
 
 def header(study: Study) -> str:
     size, seeds = study.size, study.seeds
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lm-eval"))
     updates = size.num_rounds * size.steps_per_round
     return f"""# Results: which method, which signal
 
-Made by `python benchmarks/study.py --seeds {len(seeds)}` on {platform.machine()}, {os.cpu_count()} cores: two runs at a time,
-one thread each; Python {platform.python_version()}, {packages}. {len(study.runs)} runs, in `benchmarks/results/study.jsonl`.
+Made by `python benchmarks/study.py --seeds {len(seeds)}`, two runs at a time on {machine("lm-eval", note="one thread each")}.
+{len(study.runs)} runs, in `benchmarks/results/study.jsonl`.
 Micro example (`recipes/micro.toml`), seeds {seeds[0]} to {seeds[-1]}, {size.rollouts:,} rollouts in {updates} updates.
 
 Equal backward tokens: as many response tokens as `alternating` trained on at those rollouts with the same seed and signal, to
@@ -358,21 +350,21 @@ def signal_worth(study: Study) -> str:
 
 
 def option_section(study: Study) -> list[str]:
-    keys = study.keys("options")
-    return [
-        f"Each changes the recipe, {code(BASE)}, in one thing or a few, at equal rollouts.",
-        levels(study, [BASE, *keys], "rollouts"),
-        table(
-            ["minus the recipe", "recovered share", "seen kinds", "unseen kinds", "domain"],
-            [
-                [label(study, k), *(str(study.paired(k, BASE, what=w)) for w in ("recovered", "seen", "unseen", "domain"))]
-                for k in keys
-            ],
-        ),
-        f"Recovered share against the recipe: {decided(study, keys, BASE, 'rollouts')}.",
-        f"Unseen kinds against the recipe: {decided(study, keys, BASE, 'rollouts', 'unseen')}.",
-        "![Recovered and retained share of the options](images/study-options.svg)",
-    ]
+    """The options by what they change, the largest gain first."""
+    parts = ["Each changes its baseline in one thing or a few, at equal rollouts; benchmarks/study_ideas.py has the loops."]
+    measures = ("recovered", "seen", "unseen", "domain")
+    for base in study.bases():
+        keys = [key for key in study.keys("options") if study.variants[key].base == base]
+        keys = sorted(keys, key=lambda key: -study.paired(key, base).mean if study.measures(key, "rollouts") else 9)
+        rows = [[label(study, key), *(str(study.paired(key, base, what=what)) for what in measures)] for key in keys]
+        parts += [
+            f"### Options of {code(base)}",
+            levels(study, [base, *keys], "rollouts"),
+            table(["minus the baseline", "recovered share", "seen kinds", "unseen kinds", "domain"], rows),
+            f"Recovered share: {decided(study, keys, base, 'rollouts')}.",
+            f"Domain: {decided(study, keys, base, 'rollouts', 'domain')}.",
+        ]
+    return [*parts, "![Recovered and retained share of the options](images/study-options.svg)"]
 
 
 def reading(study: Study) -> list[str]:

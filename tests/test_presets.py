@@ -15,7 +15,8 @@ from camopd.plan import Plan
 from camopd.presets import presets
 from camopd.schedule import Schedule
 from camopd.select import select_rows
-from camopd.train import Trainer, make_optimizer, selected_rows
+from camopd.train import Trainer, selected_rows
+from camopd.update import make_optimizer
 from tests.reference import SHARED, Advantage, K, keep_by_mass, make_rows, make_teachers, output_weights, step_loss
 from tests.tiny import tiny_model
 

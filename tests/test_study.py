@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # a script: i
 
 import study_report
 from study import FULL, MOST, Job, all_variants, identity, recipe_of, with_budget
+from study_ideas import EXTRA_PRESETS, IDEAS, extra_presets
 from study_numbers import Interval, Run, Size, Study, Variant, t_interval
 
 from camopd.presets import presets
@@ -42,7 +43,8 @@ def made(variant: str, seed: int, *, tokens: list[int] | None = None, general: f
 
 def study_of(*runs: Run, seeds: tuple[int, ...] = (1, 2, 3)) -> Study:
     keys = dict.fromkeys(run.variant for run in runs)
-    variants = [Variant(*key.split("/"), parameters={}) for key in keys]
+    bases = {key: "topk/alternating" if key.startswith("options") else "" for key in keys}
+    variants = [Variant(*key.split("/"), parameters={}, base=bases[key]) for key in keys]
     return Study(runs, variants, SIZE, seeds, start=START, teacher=TEACHER)
 
 
@@ -51,15 +53,28 @@ def study_of(*runs: Run, seeds: tuple[int, ...] = (1, 2, 3)) -> Study:
 
 def test_every_variant_is_a_valid_recipe_of_its_own():
     store = Store()
-    ids = {v.key: identity(recipe_of(v, 1, FULL, "."), store) for v in all_variants(FULL)}
+    with extra_presets():
+        ids = {v.key: identity(recipe_of(v, 1, FULL, "."), v.idea, store) for v in all_variants()}
     assert len(set(ids.values())) == len(ids)
     assert {name for name in presets() if f"topk/{name}" not in ids} == {"off-policy-kd"}  # it has no other signal
+    assert not EXTRA_PRESETS.keys() & presets().keys()  # they are the study's own
 
 
 def test_every_variant_rolls_out_the_same_number():
-    for variant in all_variants(FULL):
-        recipe = recipe_of(variant, 1, FULL, ".")
-        assert recipe.num_rounds * recipe.steps_per_round * recipe.rollout.prompts_per_step == MOST * FULL.rollouts
+    with extra_presets():
+        for variant in all_variants():
+            recipe = recipe_of(variant, 1, FULL, ".")
+            responses = recipe.num_rounds * recipe.steps_per_round * recipe.rollout.prompts_per_step
+            responses *= recipe.rollout.samples_per_prompt
+            assert responses == FULL.rollouts * (1 if variant.group == "options" else MOST), variant.name
+
+
+def test_every_option_has_a_baseline_and_an_idea_that_exist():
+    variants = all_variants()
+    keys = {variant.key for variant in variants}
+    options = [variant for variant in variants if variant.group == "options"]
+    assert {option.base for option in options} <= keys
+    assert {option.idea for option in options} == IDEAS.keys()
 
 
 # --- Budgets ------------------------------------------------------------------------------------------------------------

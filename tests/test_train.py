@@ -14,19 +14,8 @@ from camopd.errors import StoreError, UnhealthyRunError
 from camopd.plan import Plan
 from camopd.schedule import Schedule
 from camopd.store import Store
-from camopd.train import (
-    STEPS,
-    Trainer,
-    batch_numbers,
-    check_fresh,
-    headline,
-    is_companion,
-    load_state,
-    make_optimizer,
-    save_checkpoint,
-    selected_rows,
-    update,
-)
+from camopd.train import STEPS, Trainer, check_fresh, headline, is_companion, load_state, save_checkpoint, selected_rows
+from camopd.update import batch_numbers, make_optimizer, update
 from tests.reference import SHARED, K, exact, make_rows, make_teachers, output_weights, step_loss
 from tests.tiny import tiny_model
 

@@ -1,6 +1,6 @@
 """How noisy is the gradient under each teacher signal? The same prompts, answered again and again by the same student.
 
-    python benchmarks/options_noise.py          # writes benchmarks/results/options_noise.md
+    python benchmarks/signal_noise.py          # a few minutes; writes benchmarks/results/signal_noise.md
 
 One batch of 64 prompts is answered 32 times. From the same answers each estimator makes its gradient of the same objective,
 so what differs is the estimator alone. Noise is the standard deviation over the answers, E|g - E g|^2 under the root, as a
@@ -13,10 +13,13 @@ import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-import options_ideas as ideas
+import study_ideas as ideas
 import torch
-from options import OPTIONS, RESULTS, Row, machine, recipe_of, table
+from page import machine, table
+from study import FULL, all_variants, recipe_of
 from torch import Tensor
 
 from camopd import prepare
@@ -24,10 +27,13 @@ from camopd.config import Recipe
 from camopd.recover import Session
 from camopd.schedule import seed_of
 from camopd.store import Store
-from camopd.train import rows_loss
+from camopd.update import rows_loss
 
+Row = dict[str, Any]
+RESULTS = Path(__file__).with_name("results") / "signal_noise.md"
+BASELINE = "topk/alternating"
 ANSWERS = 32
-UPDATES = (0, 40, 120)  # of the top-8 baseline, before the student is looked at
+UPDATES = (0, 40, 120)  # of the baseline, before the student is looked at
 RULES = {
     "sampled": ideas.plain,
     "control variate, exact": ideas.control_variate,
@@ -108,8 +114,8 @@ def measured(session: Session, branch: str, recipes: Mapping[str, Recipe]) -> li
 def main() -> None:
     store, rows = Store(), []
     with tempfile.TemporaryDirectory(prefix="camopd-noise-") as output:
-        baseline = OPTIONS[0]
-        plan = prepare.run(recipe_of(baseline, 1, output, store), store=store)
+        baseline = next(variant for variant in all_variants() if variant.key == BASELINE)
+        plan = prepare.run(recipe_of(baseline, 1, FULL, output), store=store)
         values = {name: plan.recipe.score.model_copy(update={"signal": name}) for name in ("sampled", "topk", "full")}
         recipes = {name: plan.recipe.model_copy(update={"score": score}) for name, score in values.items()}
         session = Session(replace(plan, recipe=recipes["full"]), 1, store)  # holds the teachers, too
@@ -123,13 +129,14 @@ def main() -> None:
     text = "\n\n".join(
         [
             "# Noise of the gradient by teacher signal, on the micro example",
-            f"`python benchmarks/options_noise.py`, {machine()}. 64 prompts, answered {ANSWERS} times by the student after so "
-            "many updates of the top-8 baseline with seed 1. Noise is the standard deviation of a batch's gradient as a share "
-            "of the length of the mean gradient under the full signal.",
+            f"`python benchmarks/signal_noise.py`, {machine(note='one thread')}. 64 prompts, answered {ANSWERS} "
+            "times by the student after so "
+            "many updates of `alternating` with the top-8 signal, seed 1. Noise is the standard deviation of a batch's "
+            "gradient as a share of the length of the mean gradient under the full signal.",
             table(header, rows),
         ]
     )
-    (RESULTS / "options_noise.md").write_text(text + "\n", encoding="utf-8")
+    RESULTS.write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

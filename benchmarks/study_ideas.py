@@ -1,6 +1,6 @@
-"""The ideas that options.py measures: rules, and small subclasses of ``camopd.recover.Session``.
+"""Ideas past the paper that the study measures and the package does without: rules, and subclasses of ``recover.Session``.
 
-Each takes one thing of the project's own loop and changes it; nothing here is needed to run a recovery.
+Each takes one thing of the project's own loop and changes it; nothing here is needed to run a recovery. ``IDEAS`` names them.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -28,7 +30,8 @@ from camopd.presets import Preset, TokenRule, Tokens, log_ratio, presets
 from camopd.recover import Session
 from camopd.schedule import Schedule
 from camopd.store import Store
-from camopd.train import make_optimizer, selected_rows, update
+from camopd.train import selected_rows
+from camopd.update import make_optimizer, update
 
 Row = dict[str, Any]
 Step = tuple[list[Row], dict[str, Any]]
@@ -58,6 +61,18 @@ def as_preset(rule: TokenRule) -> Preset:
 
 
 EXTRA_PRESETS = {"forward": as_preset(forward), "both-ways": as_preset(both_ways), "jensen-shannon": as_preset(jensen_shannon)}
+
+
+@contextmanager
+def extra_presets() -> Iterator[None]:
+    """Let a recipe name them, for a while."""
+    known = cast(dict[str, Preset], presets())
+    known.update(EXTRA_PRESETS)
+    try:
+        yield
+    finally:
+        for name in EXTRA_PRESETS:
+            del known[name]
 
 
 # --- Advantages of the sampled token from whole distributions -------------------------------------------------------------
@@ -379,13 +394,20 @@ class Pulled(Session):
         return done
 
 
-class MergeOnly(Session):
-    """No training at all: the average itself."""
-
-    def __init__(self, plan: Plan, number: int, store: Store, *, share: float) -> None:
-        super().__init__(plan, number, store)
-        move_towards(self.trainer.model, general_teacher(self), share)
-
-    def step(self) -> Step:
-        self.trainer.schedule = self.trainer.schedule.advance()
-        return [], {}
+IDEAS: dict[str, Callable[[Plan, int, Store], Session]] = {
+    "": Session,
+    "control variate": partial(WithRule, rule=control_variate),
+    "control variate, top 8": partial(WithRule, rule=control_variate_top),
+    "token gate": partial(WithRule, rule=gated),
+    "explorers": partial(Explorers, rule=plain),
+    "explorers and token gate": partial(Explorers, rule=gated),
+    "gap and descent": RemainingGap,
+    "gap and drift": partial(RemainingGap, drift=True),
+    "spaced review": SpacedReview,
+    "two updates": TwoUpdates,
+    "own moments": OwnMoments,
+    "decaying rate": Decaying,
+    "prompt tokens": PromptTokens,
+    "merged start": partial(Merged, share=0.25),
+    "pulled": partial(Pulled, share=0.002),
+}
