@@ -1,20 +1,16 @@
 """How long `prepare` takes for a million prompts, and how much memory.
 
-    python benchmarks/preflight.py                  # a million rows; about two minutes
-    python benchmarks/preflight.py --rows 100000
+    python benchmarks/preflight.py         # a million rows, about two minutes; writes benchmarks/results/preflight.md
 
 Makes a tokenizer of 32,000 tokens (byte-level BPE with Qwen's splitting, learnt from this Python's own library), a model folder
-around it, and a JSONL of conversations of 8 to 24 words; then runs the stage in a process of its own and prints one line of
-JSON: rows, mean tokens, seconds by the clock and by the processors (others on the machine lengthen the first), rows a second,
-peak memory of the process, and the machine.
+around it, and a JSONL of conversations of 8 to 24 words; then runs the stage in a process of its own. Seconds are by the clock
+and by the processors (others on the machine lengthen the first), the peak memory is that of the process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import resource
 import subprocess
@@ -24,6 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from page import machine, table
+
+RESULTS = Path(__file__).with_name("results") / "preflight.md"
 VOCABULARY = 32_000
 TEMPLATE = (
     "{%- for message in messages -%}"
@@ -98,7 +97,6 @@ def measure(folder: Path) -> dict[str, object]:
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "rows_per_second": round(record["read"] / (done - imported)),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPUs, Python {platform.python_version()}",
     }
 
 
@@ -120,7 +118,18 @@ def main() -> None:
             'student = "./model"\noutput = "./runs"\nevaluate.task_dir = "./tasks"\nrollout.max_new_tokens = 1024\n'
             '[[branches]]\nname = "general"\nrole = "recover"\nprompts = "./prompts.jsonl"\ntasks = ["a"]\n'
         )
-        subprocess.run([sys.executable, __file__, "--measure", scratch], check=True)
+        command = [sys.executable, __file__, "--measure", scratch]  # a process of its own: its peak memory is the preflight's
+        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    header = ["rows", "mean tokens", "seconds", "processor seconds", "rows a second", "peak memory"]
+    cells = [f"{found['rows']:,}", str(found["mean_tokens"]), str(found["seconds"]), str(found["cpu_seconds"])]
+    cells += [f"{found['rows_per_second']:,}", f"{found['peak_mib']} MiB"]
+    text = (
+        f"# Preflight of {options.rows:,} prompts\n\n`python benchmarks/preflight.py --rows {options.rows}`, {machine()}, one "
+        f"run, imports ({found['import_seconds']} s) left out:\n\n{table(header, [cells])}\n\n"
+        "The comparison with evaluation items is not in it: a second pass over the rows.\n"
+    )
+    RESULTS.write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

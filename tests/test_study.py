@@ -207,6 +207,22 @@ def test_the_page_follows_the_numbers():
     assert "nan" not in text
 
 
+def test_options_are_compared_with_what_they_change():
+    runs = [
+        made(variant, seed, general=general, domain=domain)
+        for variant, general, domain in (
+            ("topk/alternating", 0.5, 0.8),
+            ("options/worse", 0.4, 0.8),
+            ("options/better", 0.95, 0.6),
+        )
+        for seed in (1, 2, 3)
+    ]
+    text = study_report.page(study_of(*runs)).split("### Options of `alternating` (topk)")[1]
+    assert "Recovered share: above: `better` +0.500; below: `worse` -0.111; not told apart: none." in text
+    assert "Domain: above: none; below: `better` -0.200; not told apart: `worse`." in text
+    assert text.index("| better |") < text.index("| worse |")
+
+
 def test_the_opposite_of_a_claim_is_said():
     runs = [made(f"topk/{name}", s, general=g) for name, g in (("mopd", 0.6), ("camopd", 0.4)) for s in (1, 2, 3)]
     assert "the opposite 1 (camopd over mopd)" in study_report.page(study_of(*runs))
