@@ -37,9 +37,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from camopd.config import load_recipe
+from camopd.engines.packing import use_packing
 from camopd.engines.transformers import TransformersEngine
 from camopd.evaluation.charts import COLOURS, NO_METADATA, STYLE
 from camopd.losses import Full, Sampled, Signal, Terms, TopK, chunked_objective
@@ -98,13 +99,13 @@ def measured(work: Callable[..., Any], *arguments: Any, above: int) -> tuple[Any
     return result, (time.process_time() - begun, (memory("VmHWM") - above) / MIB)
 
 
-def make_model(vocabulary: int, seed: int) -> Qwen3ForCausalLM:
+def make_model(vocabulary: int, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, initializer_range=0.05,
     )  # fmt: skip
-    return Qwen3ForCausalLM(config).eval()
+    return use_packing(Qwen3ForCausalLM(config).eval())
 
 
 def one_update(point: Point, seed: int, repeats: int) -> Costs:

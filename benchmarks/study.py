@@ -1,7 +1,7 @@
 """Which method recovers most: presets, signals and options over seeds on the micro example, at two equal budgets.
 
     python benchmarks/study.py --seeds 6               # benchmarks/results/study.jsonl, docs/results.md and its plots
-    python benchmarks/study.py --seeds 6 --only topk   # one group: sampled, topk or options
+    python benchmarks/study.py --seeds 6 --only topk   # one group: sampled, topk, options or longer
     python benchmarks/study.py --quick                 # two seeds and few updates, to see it work; writes to .cache/study
 
 Every variant is parameters on recipes/micro.toml, trained by `camopd.recover` and measured by the project's own harness.
@@ -110,6 +110,15 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     (SAMPLED, "explorers and token gate", FOUR_ANSWERS, "explorers and token gate"),
     (SAMPLED, "empty answers left out", {"score.empty_answers": "skip"}, ""),
 )
+# Twice the rollouts, where prompts from the teacher have had the time that more kinds of prompts take.
+LONGER: dict[str, dict[str, Any]] = {
+    "recipe's prompts": {},
+    "recipe's prompts, 1:1": turns(1, 1),
+    "half from the teacher": HALF_MADE_UP,
+    "half from the teacher, 2:1": HALF_MADE_UP | turns(2, 1),
+    "half from the teacher, 1:1": HALF_MADE_UP | turns(1, 1),
+    "all from the teacher, 1:1": ALL_MADE_UP | turns(1, 1),
+}
 
 
 def all_variants() -> list[Variant]:
@@ -122,8 +131,12 @@ def all_variants() -> list[Variant]:
         if signal in preset.signals and name not in EXTRA_PRESETS
     ]
     base = {variant.key: variant.parameters for variant in found}
+    found += [Variant("options", name, {**base[other], **parameters}, other, idea) for other, name, parameters, idea in OPTIONS]
+    twice = {**base[TOPK], "steps_per_round": 2 * FULL.steps_per_round}
+    first = "longer/" + next(iter(LONGER))
     return found + [
-        Variant("options", name, {**base[other], **parameters}, other, idea) for other, name, parameters, idea in OPTIONS
+        Variant("longer", name, {**twice, **parameters}, "" if f"longer/{name}" == first else first)
+        for name, parameters in LONGER.items()
     ]
 
 
@@ -134,7 +147,7 @@ def recipe_of(variant: Variant, seed: int, size: Size, output: str) -> Recipe:
         "rollout.prompts_per_step": size.prompts_per_step,
         **variant.parameters,
         "execution": "colocated",
-        "num_rounds": size.num_rounds * (1 if variant.group == "options" else MOST),
+        "num_rounds": size.num_rounds * (MOST if variant.group in SIGNALS else 1),
         "seed": seed,
         "output": output,
     }
@@ -261,8 +274,8 @@ def jobs_of(variants: Sequence[Variant], seeds: Sequence[int], size: Size) -> li
 
 
 def with_budget(job: Job, results: Sequence[Run]) -> Job:
-    """The job with the tokens that the yardstick trained on; an option is compared at equal rollouts alone."""
-    if job.variant.group == "options":
+    """The job with the tokens that the yardstick trained on; only presets are compared at equal tokens."""
+    if job.variant.group not in SIGNALS:
         return job
     own = (job.variant.group + "/" + YARDSTICK, job.seed)
     budgets = [r.tokens[job.size.num_rounds - 1] for r in results if (r.variant, r.seed) == own and not r.stopped]
@@ -299,7 +312,7 @@ def write_docs(study: Study, docs: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=6, help="how many: 1, 2, ...")
-    parser.add_argument("--only", choices=[*SIGNALS, "options"], help="one group; default all")
+    parser.add_argument("--only", choices=[*SIGNALS, "options", "longer"], help="one group; default all")
     parser.add_argument("--quick", action="store_true", help="two seeds and few updates, into .cache/study")
     parser.add_argument("--page", action="store_true", help="run nothing: write the page from the runs that are finished")
     arguments = parser.parse_args()

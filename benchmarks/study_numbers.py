@@ -35,7 +35,7 @@ class Variant:
     """Something to compare.
 
     Attributes:
-        group: sampled, topk or options.
+        group: sampled, topk, options or longer (twice the rollouts).
         name: unique in its group.
         parameters: on top of the recipe.
         base: key of the variant that an option changes.
@@ -153,9 +153,9 @@ class Study:
     def keys(self, *groups: str) -> list[str]:
         return [key for key, variant in self.variants.items() if variant.group in groups]
 
-    def bases(self) -> list[str]:
-        """What options are compared with, as far as it was run."""
-        named = dict.fromkeys(self.variants[key].base for key in self.keys("options"))
+    def bases(self, group: str) -> list[str]:
+        """What the variants of a group are compared with, as far as it was run."""
+        named = dict.fromkeys(self.variants[key].base for key in self.keys(group))
         return [key for key in named if key in self.variants]
 
     def token_budget(self, key: str, seed: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from page import machine, table
 from study_numbers import Budget, Interval, Measure, Study
 
+TOPK_BEST = "topk/alternating-scaled"  # what the longer runs are of
 CONTROLS = ("mopd", "mopd-3to1", "alternating-scaled")
 KEPT = 0.95  # mean retained share below which nothing is recommended
 SIGNALS = {"sampled": "the sampled token's log-probability, as in the paper", "topk": "the teacher's top 8, as in the recipe"}
@@ -64,7 +66,7 @@ def listed(names: Sequence[str]) -> str:
 def code(key: str) -> str:
     """A variant in a sentence."""
     group, _, name = key.partition("/")
-    return f'"{name}"' if group == "options" else f"`{name}` ({group})"
+    return f"`{name}` ({group})" if group in SIGNALS else f'"{name}"'
 
 
 def short(key: str) -> str:
@@ -278,6 +280,8 @@ def page(study: Study) -> str:
         sections += ["## What the denser signal is worth", signal_worth(study)]
     if study.keys("options"):
         sections += ["## Options", *option_section(study)]
+    if study.bases("longer"):
+        sections += ["## At twice the rollouts", *longer_section(study)]
     return "\n\n".join([*sections, "## Stopped runs", stops(study), "## How to read this", *reading(study)]) + "\n"
 
 
@@ -350,21 +354,30 @@ def signal_worth(study: Study) -> str:
 
 
 def option_section(study: Study) -> list[str]:
-    """The options by what they change, the largest gain first."""
     parts = ["Each changes its baseline in one thing or a few, at equal rollouts; benchmarks/study_ideas.py has the loops."]
-    measures = ("recovered", "seen", "unseen", "domain")
-    for base in study.bases():
-        keys = [key for key in study.keys("options") if study.variants[key].base == base]
-        keys = sorted(keys, key=lambda key: -study.paired(key, base).mean if study.measures(key, "rollouts") else 9)
-        rows = [[label(study, key), *(str(study.paired(key, base, what=what)) for what in measures)] for key in keys]
-        parts += [
-            f"### Options of {code(base)}",
-            levels(study, [base, *keys], "rollouts"),
-            table(["minus the baseline", "recovered share", "seen kinds", "unseen kinds", "domain"], rows),
-            f"Recovered share: {decided(study, keys, base, 'rollouts')}.",
-            f"Domain: {decided(study, keys, base, 'rollouts', 'domain')}.",
-        ]
+    for base in study.bases("options"):
+        parts += [f"### Options of {code(base)}", *against_base(study, "options", base)]
     return [*parts, "![Recovered and retained share of the options](images/study-options.svg)"]
+
+
+def longer_section(study: Study) -> list[str]:
+    (base,) = study.bases("longer")
+    what = f"{code(TOPK_BEST)} with {2 * study.size.rollouts:,} rollouts in twice as many updates: "
+    return [what + "do more kinds of prompts need more time?", *against_base(study, "longer", base)]
+
+
+def against_base(study: Study, group: str, base: str) -> list[str]:
+    """What changes a baseline, the largest gain first."""
+    keys = [key for key in study.keys(group) if study.variants[key].base == base]
+    keys = sorted(keys, key=lambda key: -study.paired(key, base).mean if study.measures(key, "rollouts") else math.inf)
+    measures = ("recovered", "seen", "unseen", "domain")
+    rows = [[label(study, key), *(str(study.paired(key, base, what=what)) for what in measures)] for key in keys]
+    return [
+        levels(study, [base, *keys], "rollouts"),
+        table(["minus the baseline", "recovered share", "seen kinds", "unseen kinds", "domain"], rows),
+        f"Recovered share: {decided(study, keys, base, 'rollouts')}.",
+        f"Domain: {decided(study, keys, base, 'rollouts', 'domain')}.",
+    ]
 
 
 def reading(study: Study) -> list[str]:

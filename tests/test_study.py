@@ -66,13 +66,13 @@ def test_every_variant_rolls_out_the_same_number():
             recipe = recipe_of(variant, 1, FULL, ".")
             responses = recipe.num_rounds * recipe.steps_per_round * recipe.rollout.prompts_per_step
             responses *= recipe.rollout.samples_per_prompt
-            assert responses == FULL.rollouts * (1 if variant.group == "options" else MOST), variant.name
+            assert responses == FULL.rollouts * {"options": 1, "longer": 2}.get(variant.group, MOST), variant.name
 
 
 def test_every_option_has_a_baseline_and_an_idea_that_exist():
     variants = all_variants()
     keys = {variant.key for variant in variants}
-    options = [variant for variant in variants if variant.group == "options"]
+    options = [variant for variant in variants if variant.base]
     assert {option.base for option in options} <= keys
     assert {option.idea for option in options} == IDEAS.keys()
 
