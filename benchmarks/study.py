@@ -48,7 +48,7 @@ RESULTS = Path(__file__).with_name("results") / "study.jsonl"
 PROCESSES = 2
 FULL = Size(num_rounds=10, steps_per_round=8, prompts_per_step=64)
 QUICK = Size(num_rounds=2, steps_per_round=8, prompts_per_step=64)
-MOST = 4  # times the equal rollouts: where a run that selects hard ends, whatever tokens it has had
+MOST = 8  # times the equal rollouts: where a run that selects hard ends, whatever tokens it has had
 
 SIGNALS: dict[str, dict[str, Any]] = {
     # Answers of an end token alone must be scored, or their share rises until the run stops itself (docs/decisions.md).

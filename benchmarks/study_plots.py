@@ -31,10 +31,9 @@ def plots(study: Study) -> dict[str, str]:
                 found[group] = strips(study, study.keys(group), panels)
                 found[f"{group}-budget"] = curves(study, group)
         if study.bases("options"):
-            options = study.keys("options")
-            rows = [
-                k for base in study.bases("options") for k in (base, *(o for o in options if study.variants[o].base == base))
-            ]
+            rows = []
+            for base in study.bases("options"):
+                rows += [base, *(key for key in study.keys("options") if study.variants[key].base == base)]
             panels = [
                 ("recovered share, equal rollouts", "rollouts", "recovered"),
                 ("accuracy on unseen kinds", "rollouts", "unseen"),

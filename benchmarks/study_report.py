@@ -205,23 +205,24 @@ def recommendation(study: Study) -> list[str]:
             f"{study.mean(other, 'tokens', 'recovered'):.3f}, for {study.mean(other, 'tokens', 'updates'):.0f} updates "
             f"of as many rollouts each."
         )
-    options = [key for key in ranked(study, study.keys("options"), "rollouts") if study.paired(key, top).sign > 0]
-    if options:
-        gains = [f"{code(key)} {study.paired(key, top)}" for key in options]
-        lines.append(f"Options that do still better than the recommendation at equal rollouts: {'; '.join(gains)}.")
-    else:
-        lines.append("No option does better than the recommendation by an interval that excludes zero.")
+    gains = {key: study.paired(key, top) for key in study.keys("options") if study.measures(key, "rollouts")}
+    better = sorted((key for key in gains if gains[key].sign > 0), key=lambda key: -gains[key].mean)
+    told = [f"{code(key)} {gains[key].mean:+.3f} ({study.mean(key, 'rollouts', 'retained'):.3f})" for key in better]
+    lines.append(
+        "Options that recover more than the recommendation at equal rollouts, by intervals that exclude zero, with the "
+        f"retained share in brackets: {listed(told)}."
+    )
     return lines
 
 
 def domain_lost(study: Study) -> str:
-    """Which variants do not keep the domain."""
+    """Which presets do not keep the domain."""
     lost = [
         f"{code(key)} {study.mean(key, 'rollouts', 'retained'):.3f}"
-        for key in study.keys(*SIGNALS, "options")
+        for key in study.keys(*SIGNALS)
         if study.measures(key, "rollouts") and study.mean(key, "rollouts", "retained") < KEPT
     ]
-    return f"Mean retained share under {KEPT} at equal rollouts: {listed(lost)}."
+    return f"Presets with a mean retained share under {KEPT} at equal rollouts: {listed(lost)}."
 
 
 def unseen_gap(study: Study) -> str:

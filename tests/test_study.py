@@ -197,7 +197,7 @@ def example() -> Study:
 def test_the_page_follows_the_numbers():
     text = study_report.page(example())
     assert 'Recommended: `method = "alternating"`' in text  # general-only has lost the domain
-    assert "`general-only` (topk) 0.125" in text.split("Mean retained share under")[1]
+    assert "`general-only` (topk) 0.125" in text.split("with a mean retained share under")[1]
     (rivals,) = [line.split("not told apart from it: ")[1] for line in text.splitlines() if "**Recommended" in line]
     assert "`camopd` (sampled)" in rivals
     assert "`mopd`" not in rivals
