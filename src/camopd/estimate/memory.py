@@ -110,19 +110,22 @@ def score_memory(shape: ModelShape, recipe: Recipe, given: Assumptions) -> Memor
 def train_parts(shape: ModelShape, recipe: Recipe, given: Assumptions) -> tuple[dict[str, float], dict[str, float]]:
     """What an update holds: divided by FSDP, and on each GPU.
 
-    Divided: the state, 16 P. On each: activations of a micro-batch of T tokens, saved T (N s + o) without and T (N w D + s + o)
-    with checkpointing (s and o: ``saved_bytes`` and ``outer_bytes``); gradients that pass through a layer, T (3 w I + 2 w D);
-    hidden states and their gradients, 2 T w D; the loss's logits, and its gradient of the output layer, V D w; in bfloat16 what
-    FSDP gathers: a copy of the parameters outside the layers, and of two layers with their gradients.
+    Divided: the state, 16 P; gradients stay from one micro-batch to the next. On each, for a micro-batch of T tokens:
+
+    - activations: T (N s + o) without and T (N w D + o) with checkpointing (s and o: ``saved_bytes`` and ``outer_bytes``), and
+      four times the hidden states, T 4 w D: at the loss, their gradients, and both where a layer begins its backward pass;
+    - working: what a layer needs while it goes backward, T w I, with checkpointing T s more; or the loss's logits, which are
+      gone by then, if they are larger;
+    - head gradient: the loss's gradient of the output layer, V D w;
+    - gathered: in bfloat16 a copy of the parameters outside the layers, and of two layers with their gradients, as FSDP does.
     """
     width, tokens = given.width, micro_batch(recipe.train.batch_tokens, recipe)
-    layer, outer = shape.saved_bytes(width), shape.outer_bytes(width)
-    saved = shape.layers * width * shape.hidden + layer if given.checkpointing else shape.layers * layer
-    passing = 3 * width * shape.intermediate + 4 * width * shape.hidden
+    layer, residual, inner = shape.saved_bytes(width), width * shape.hidden, width * shape.intermediate
+    kept, again = (shape.layers * residual, layer) if given.checkpointing else (shape.layers * layer, 0)
     gathered = width * (shape.outside + 4 * shape.block) if width < FLOAT32 else 0
     whole = {
-        "activations": float(tokens * (saved + outer + passing)),
-        "logits": float(LOSS * recipe.train.logits_mib * MIB),
+        "activations": float(tokens * (kept + shape.outer_bytes(width) + 4 * residual)),
+        "working": float(max(tokens * (again + inner), LOSS * recipe.train.logits_mib * MIB)),
         "head gradient": float(width * shape.head),
         "gathered": float(gathered),
     }

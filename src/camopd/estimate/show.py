@@ -137,8 +137,9 @@ def assumed(plan: Planned) -> list[str]:
         f"{'on' if given.checkpointing else 'off'} (--checkpointing), {given.start_minutes:g} minutes until a pod computes "
         "(--start-minutes)",
         *(
-            f"         mean lengths of {name}: {origin} (--prompt-tokens, --response-tokens, --kept, --from)"
-            for name, origin in plan.lengths.items()
+            f"         lengths of {', '.join(name for name, own in plan.lengths.items() if own == origin)}: {origin} "
+            "(--prompt-tokens, --response-tokens, --kept, --from)"
+            for origin in dict.fromkeys(plan.lengths.values())
         ),
     ]
 
