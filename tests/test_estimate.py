@@ -213,6 +213,11 @@ def test_every_preset_can_be_planned(method: str, execution: str) -> None:
     assert sum(own.samples for own in found.tokens.values()) == 120 * 512
     assert found.hours is not None
     assert found.hours <= found.gpu_hours
+    *stages, starts = found.work
+    alone = sum(stage.gpu_seconds / (stage.gpus or 0) for stage in stages) / 3600
+    pods_in_turn = 1 if execution == "colocated" else 60 + scored_branches(recipe)
+    assert found.hours == pytest.approx(alone + pods_in_turn * 3 / 60)
+    assert starts.gpu_seconds >= pods_in_turn * 180
     assert bool(found.tables) == (execution == "staged")
 
 

@@ -34,11 +34,11 @@ SetOption = Annotated[
 ]
 
 
-def _parameters(assignments: list[str]) -> dict[str, str]:
+def _parameters(assignments: list[str], option: str = "--set") -> dict[str, str]:
     pairs = [assignment.partition("=") for assignment in assignments]
     wrong = [key for key, sign, _ in pairs if not sign]
     if wrong:
-        raise typer.BadParameter(f"write KEY=VALUE, not {wrong[0]!r}", param_hint="--set")
+        raise typer.BadParameter(f"write KEY=VALUE, not {wrong[0]!r}", param_hint=option)
     return {key: value for key, _, value in pairs}
 
 
@@ -245,7 +245,7 @@ def plan_(
         engine, checkpointing, start_minutes, price,
     )  # fmt: skip
     lengths = LengthOptions(_place(from_) if from_ else "", prompt_tokens, response_tokens, kept)
-    found = planned(load_recipe(recipe, _parameters(set_)), given, _parameters(config), lengths, Store())
+    found = planned(load_recipe(recipe, _parameters(set_)), given, _parameters(config, "--config"), lengths, Store())
     if json_:
         typer.echo(json.dumps(found.to_record(), indent=1))
     else:

@@ -80,24 +80,12 @@ class Estimate:
     @property
     def hours(self) -> float | None:
         """From start to end with the least GPUs of each stage, one stage after another; None where a stage fits nowhere."""
-        total = 0.0
-        for stage in self.work:
-            gpus = self.gpus(stage.name)
-            if gpus is None:
-                return None
-            total += stage.gpu_seconds / gpus / 3600
-        return total
+        seconds = [stage.gpu_seconds / stage.gpus for stage in self.work if stage.gpus is not None]
+        return sum(seconds) / 3600 if len(seconds) == len(self.work) else None
 
     @property
     def cost(self) -> float | None:
         return None if self.price is None else self.gpu_hours * self.price
-
-    def gpus(self, stage: str) -> int | None:
-        """The least GPUs of a stage; those that wait for pods are as many as the largest stage has."""
-        if stage in self.memory:
-            return self.memory[stage].gpus
-        counts = [memory.gpus for memory in self.memory.values()]
-        return None if None in counts else max(count for count in counts if count is not None)
 
     def peak_share_for(self, hours: float, given: Assumptions) -> float | None:
         """The share of peak at which the run would take so many GPU-hours, everything else as assumed.
@@ -190,11 +178,11 @@ def stage_work(
             score_work(shapes[name], name, count, own, given),
             train_work(shapes[STUDENT], name, count, own, given, judge=judge),
         ]
-    gpus = {stage: need.gpus or 1 for stage, need in memory.items()}
-    return [
-        *sorted(found, key=lambda stage: ("rollout", "score", "train").index(stage.name)),
-        start_work(recipe, active, gpus, given),
+    stages = [
+        replace(stage, gpus=(memory.get(stage.name) or memory["recover"]).gpus)
+        for stage in sorted(found, key=lambda stage: ("rollout", "score", "train").index(stage.name))
     ]
+    return [*stages, start_work(recipe, active, {stage: need.gpus or 1 for stage, need in memory.items()}, given)]
 
 
 def advice(recipe: Recipe, shapes: Mapping[str, ModelShape], found: Estimate, given: Assumptions) -> list[str]:

@@ -51,6 +51,7 @@ class Stage:
         tokens: that go through a model forward.
         flops: executed, recomputation included.
         gpu_seconds: on as many GPUs as it may be spread over.
+        gpus: that work at once: the least that hold the stage, or the mean of the pods that start; None where none hold it.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Stage:
     tokens: float
     flops: float
     gpu_seconds: float
+    gpus: float | None = None
 
 
 def num_steps(recipe: Recipe) -> int:
@@ -176,8 +178,7 @@ def start_work(recipe: Recipe, active: int, gpus: Mapping[str, int], given: Assu
         gpus: of a pod, by stage.
         given: assumptions.
     """
-    if recipe.execution == "colocated":
-        starts = gpus["recover"]
-    else:
-        starts = recipe.num_rounds * (gpus["rollout"] + gpus["train"]) + active * gpus["score"]
-    return Stage("pod starts", "", 0, 0, starts * given.start_minutes * 60)
+    rounds = recipe.num_rounds
+    counts = {"recover": 1} if recipe.execution == "colocated" else {"rollout": rounds, "score": active, "train": rounds}
+    waiting = sum(count * gpus[stage] for stage, count in counts.items())
+    return Stage("pod starts", "", 0, 0, waiting * given.start_minutes * 60, waiting / sum(counts.values()))
