@@ -251,6 +251,24 @@ def test_an_8b_model_trains_on_longest_responses_on_80_gb_cards_only_with_checkp
     assert train_memory(shape, recipe, Assumptions(checkpointing=False)).gpus is None
 
 
+def test_one_gpu_alone_holds_a_whole_copy_in_bfloat16() -> None:
+    """Where that no longer fits, two GPUs share the work, and each gathers a few layers at a time."""
+    recipe = recipe_of(**{"prompts.max_prompt_tokens": "512", "rollout.max_new_tokens": "512"})
+    shape = shape_of("Qwen3-4B-Instruct-2507")
+    large = train_memory(shape, recipe, Assumptions(gpu_memory=141))
+    assert (large.gpus, large.whole["gathered"]) == (1, 2 * shape.parameters)
+    needed = large.on_each(1) / 0.9e9
+    assert train_memory(shape, recipe, Assumptions(gpu_memory=needed + 0.1)).gpus == 1
+    tight = train_memory(shape, recipe, Assumptions(gpu_memory=needed - 0.1))
+    assert tight.gpus == 2
+    assert tight.whole["gathered"] < 2 * shape.parameters
+    assert train_memory(shape, recipe, Assumptions(gpu_memory=141, dtype="float32")).whole.keys() == {
+        "activations",
+        "working",
+        "head gradient",
+    }
+
+
 def test_the_advised_batch_fits_and_one_more_does_not() -> None:
     shape, given_ = shape_of("Qwen3-8B"), Assumptions()
     batch = largest_batch(shape, recipe_of(), given_)

@@ -49,7 +49,7 @@ class Assumptions:
             8,192 tokens, with FSDP (benchmarks/llama3_h100_202412_torchtitan.md), are 0.31 as ``work`` counts operations; its
             6,667 with torch.compile are 0.35.
         bandwidth_share: of the bandwidth, in decoding; a guess, to be replaced by a measurement.
-        reserve: share of the memory that is left free for CUDA, NCCL and fragments; vLLM's default leaves as much.
+        reserve: share of the memory that is left free for CUDA, NCCL and fragments; a guess.
         dtype: of the computation. Parameters that are trained, their gradients and moments are float32 in either case.
         engine: what samples; None is the recipe's. ``transformers`` decodes a batch until its longest response ends,
             ``vllm`` puts a new one in the place of each that ends.

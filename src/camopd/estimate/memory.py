@@ -19,7 +19,7 @@ LOSS = 5  # times train.logits_mib that the chunked loss takes (losses.chunked_o
 SCORE_LOGITS = 3 * 64 * MIB  # logits, their log-softmax and one temporary of engines.transformers.LOGITS_MIB
 ROOM = 1.5  # a full key-value cache grows by half (engines/cache.py)
 DRAW = 20  # bytes a vocabulary entry of a decoding step: three float32 tensors, and the cumulative sum in float64
-PREFILL = 8192  # prompt tokens that vLLM computes at once by default on a GPU (max_num_batched_tokens)
+PREFILL = 8192  # prompt tokens that vLLM computes at once: max_num_batched_tokens of its server on a large GPU
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,13 @@ def train_parts(shape: ModelShape, recipe: Recipe, given: Assumptions) -> tuple[
 
 
 def train_memory(shape: ModelShape, recipe: Recipe, given: Assumptions) -> Memory:
-    """See ``train_parts``."""
-    return fitted(*train_parts(shape, recipe, given), given.usable_bytes)
+    """See ``train_parts``. One GPU alone has no FSDP that gathers: in bfloat16 it holds a copy of all parameters, P w."""
+    state, whole = train_parts(shape, recipe, given)
+    held = fitted(state, whole, given.usable_bytes)
+    if held.gpus != 1 or "gathered" not in whole:
+        return held
+    alone = Memory(state, whole | {"gathered": float(given.width * shape.parameters)}, 1)
+    return alone if alone.on_each(1) <= given.usable_bytes else Memory(state, whole, 2)
 
 
 def colocated_memory(student: ModelShape, teachers: Mapping[str, ModelShape], recipe: Recipe, given: Assumptions) -> Memory:
