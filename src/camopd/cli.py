@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ import typer
 
 from camopd import __version__
 from camopd.errors import CamopdError
+from camopd.estimate.assumptions import Assumptions, Dtype, EngineName, GpuName
 
 if TYPE_CHECKING:
     from camopd.workflow import Done
@@ -32,11 +34,11 @@ SetOption = Annotated[
 ]
 
 
-def _parameters(assignments: list[str]) -> dict[str, str]:
+def _parameters(assignments: list[str], option: str = "--set") -> dict[str, str]:
     pairs = [assignment.partition("=") for assignment in assignments]
     wrong = [key for key, sign, _ in pairs if not sign]
     if wrong:
-        raise typer.BadParameter(f"write KEY=VALUE, not {wrong[0]!r}", param_hint="--set")
+        raise typer.BadParameter(f"write KEY=VALUE, not {wrong[0]!r}", param_hint=option)
     return {key: value for key, _, value in pairs}
 
 
@@ -186,6 +188,68 @@ def recover(recipe: RecipeArgument, set_: SetOption = []) -> None:  # noqa: B006
     from camopd import workflow
 
     _show(workflow.run(recipe, {**_parameters(set_), "execution": "colocated"}).uri)
+
+
+@app.command(name="plan")
+def plan_(
+    recipe: RecipeArgument,
+    set_: SetOption = [],  # noqa: B006 (typer copies it)
+    config: Annotated[
+        list[str], typer.Option(metavar="MODEL=PATH", help="config.json of `student` or of a branch's teacher: file or folder.")
+    ] = [],  # noqa: B006
+    prompt_tokens: Annotated[
+        list[str], typer.Option(metavar="[BRANCH=]N", help="Mean prompt; else an eighth of the recipe's limit.")
+    ] = [],  # noqa: B006
+    response_tokens: Annotated[
+        list[str], typer.Option(metavar="[BRANCH=]N", help="Mean response; else an eighth of the recipe's limit.")
+    ] = [],  # noqa: B006
+    kept: Annotated[
+        list[str], typer.Option(metavar="[BRANCH=]SHARE", help="Samples trained on; else the most that selection can keep.")
+    ] = [],  # noqa: B006
+    from_: Annotated[str, typer.Option("--from", metavar="RUN_URI", help="A run whose finished rounds tell the lengths.")] = "",
+    gpu: Annotated[GpuName, typer.Option(help="Card.")] = Assumptions.gpu,
+    gpu_memory: Annotated[float | None, typer.Option(min=1, help="GB of one GPU; else the card's.")] = None,
+    peak: Annotated[float | None, typer.Option(min=1, help="TFLOP/s of one GPU; else the card's.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(min=0.01, help="TB/s of one GPU's memory; else the card's.")] = None,
+    peak_share: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the peak that is reached.")
+    ] = Assumptions.peak_share,
+    bandwidth_share: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the bandwidth in decoding.")
+    ] = Assumptions.bandwidth_share,
+    reserve: Annotated[float, typer.Option(min=0, max=0.9, help="Share of GPU memory that stays free.")] = Assumptions.reserve,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the computation.")] = Assumptions.dtype,
+    engine: Annotated[EngineName | None, typer.Option(help="What samples; else the recipe's.")] = None,
+    checkpointing: Annotated[bool, typer.Option(help="Activation checkpointing in training.")] = Assumptions.checkpointing,
+    start_minutes: Annotated[float, typer.Option(min=0, help="Minutes until a GPU pod computes.")] = Assumptions.start_minutes,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of a GPU-hour.")] = None,
+    gpu_hours: Annotated[float | None, typer.Option(min=0, help="Known GPU-hours: which share of peak explains them?")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a recipe will take before anything is started: GPU memory, GPUs, tokens, hours, bytes, pods, cost.
+
+    **Reads** the recipe and the models' config.json: no weights, no GPU, no network. **Writes** nothing.
+    docs/scale.md says what to turn.
+
+    Example: `camopd plan recipes/medical-8b.toml --price 2.5`
+    """
+    from rich.console import Console
+
+    from camopd.config import load_recipe
+    from camopd.estimate.show import planned, print_plan
+    from camopd.estimate.sources import LengthOptions
+    from camopd.store import Store
+
+    given = Assumptions(
+        gpu, gpu_memory, peak, bandwidth, peak_share, bandwidth_share, reserve, dtype,
+        engine, checkpointing, start_minutes, price,
+    )  # fmt: skip
+    lengths = LengthOptions(_place(from_) if from_ else "", prompt_tokens, response_tokens, kept)
+    found = planned(load_recipe(recipe, _parameters(set_)), given, _parameters(config, "--config"), lengths, Store())
+    if json_:
+        typer.echo(json.dumps(found.to_record(), indent=1))
+    else:
+        print_plan(found, Console(highlight=False, markup=False, soft_wrap=True), gpu_hours=gpu_hours)
 
 
 def _show(run_uri: str) -> None:

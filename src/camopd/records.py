@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def _schemas() -> dict[str, pa.Schema]:
+def schemas() -> dict[str, pa.Schema]:
+    """The columns of each kind of table."""
     import pyarrow as pa
 
     ids, floats = pa.list_(pa.int32()), pa.list_(pa.float32())
@@ -68,7 +69,7 @@ def write_table(path: Path, kind: str, rows: Iterable[Mapping[str, Any]], metada
     """Write rows under the schema ``kind``. The bytes depend on the rows and the pyarrow version alone."""
     import pyarrow.parquet as pq
 
-    schema = _schemas()[kind].with_metadata(dict(metadata or {}))
+    schema = schemas()[kind].with_metadata(dict(metadata or {}))
     pq.write_table(_table(list(rows), schema), path, compression="zstd")
 
 
@@ -109,7 +110,7 @@ def open_table(path: Path, kind: str) -> Iterator[Callable[[Sequence[Mapping[str
     """A table that is written batch by batch, for more rows than fit memory; each call appends a row group."""
     import pyarrow.parquet as pq
 
-    schema = _schemas()[kind]
+    schema = schemas()[kind]
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         yield lambda rows: writer.write_table(_table(rows, schema))
 
@@ -123,7 +124,7 @@ def read_table(path: Path, kind: str) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    if not table.schema.equals(_schemas()[kind]):
+    if not table.schema.equals(schemas()[kind]):
         raise ValueError(f"{path} does not hold the columns of a {kind} table: {table.schema.names}")
     return _rows(table)
 

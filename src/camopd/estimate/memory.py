@@ -1,0 +1,169 @@
+"""GPU memory of each stage, for the longest prompt and response that the recipe allows: what does not hold these will fail.
+
+Symbols as in ``camopd.estimate.shapes``; P parameters, S = longest prompt + longest response, G GPUs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from camopd.config import Recipe
+from camopd.estimate.assumptions import Assumptions
+from camopd.estimate.shapes import FLOAT32, ModelShape
+
+MIB = 2**20
+STATE = 4 * FLOAT32  # bytes of a trained parameter: itself, its gradient and AdamW's two moments, all float32 (update.py)
+LOSS = 5  # times train.logits_mib that the chunked loss takes (losses.chunked_objective; benchmarks/cost.py counts it)
+SCORE_LOGITS = 3 * 64 * MIB  # logits, their log-softmax and one temporary of engines.transformers.LOGITS_MIB
+ROOM = 1.5  # a full key-value cache grows by half (engines/cache.py)
+DRAW = 20  # bytes a vocabulary entry of a decoding step: three float32 tensors, and the cumulative sum in float64
+PREFILL = 8192  # prompt tokens that vLLM computes at once: max_num_batched_tokens of its server on a large GPU
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a stage needs.
+
+    Attributes:
+        sharded: bytes by part that G GPUs divide among themselves.
+        whole: bytes by part that each of them holds.
+        gpus: the smallest G whose memory holds it; None when the whole parts alone are too large, or it cannot be divided.
+    """
+
+    sharded: Mapping[str, float]
+    whole: Mapping[str, float]
+    gpus: int | None
+
+    def on_each(self, gpus: int) -> float:
+        """Bytes on each of so many GPUs."""
+        return sum(self.sharded.values()) / gpus + sum(self.whole.values())
+
+
+def fitted(sharded: Mapping[str, float], whole: Mapping[str, float], usable: float, *, divisible: int | None = None) -> Memory:
+    """The memory with the smallest G for which sharded / G + whole fits.
+
+    Args:
+        sharded: bytes by part.
+        whole: bytes by part.
+        usable: bytes of one GPU.
+        divisible: G must divide this (the query heads, in tensor parallel); 1 is a single GPU, None any number.
+    """
+    room = usable - sum(whole.values())
+    least = max(math.ceil(sum(sharded.values()) / room), 1) if room > 0 else None
+    if least is not None and divisible is not None:
+        least = next((count for count in range(least, divisible + 1) if divisible % count == 0), None)
+    return Memory(sharded, whole, least)
+
+
+def longest(recipe: Recipe) -> int:
+    """S."""
+    return recipe.prompts.max_prompt_tokens + recipe.rollout.max_new_tokens
+
+
+def micro_batch(budget: int, recipe: Recipe) -> int:
+    """Tokens of the largest micro-batch (``token_batches``): the budget, at least one longest sequence, at most a step."""
+    step = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt
+    return max(min(budget, step * longest(recipe)), longest(recipe))
+
+
+def rollout_memory(shape: ModelShape, recipe: Recipe, given: Assumptions) -> Memory:
+    """Weights P w, key-value cache, logits, and the prompts' first pass.
+
+    ``transformers``: ``rollout.batch_size`` caches of S tokens with their room, all prompts of the batch at once, one GPU.
+    ``vllm``: tensor parallel, at least one cache of S tokens; what is left over takes more.
+    """
+    width, batch = given.width, recipe.rollout.batch_size
+    cache = longest(recipe) * shape.cache_bytes(width)
+    weights = {"weights": float(shape.parameters * width)}
+    if given.refills(recipe):
+        logits = DRAW * batch * shape.vocab_size
+        whole = {"first pass": float(PREFILL * shape.passing_bytes(width)), "logits": float(logits)}
+        return fitted(weights | {"cache": float(cache)}, whole, given.usable_bytes, divisible=shape.heads)
+    prompts = batch * recipe.prompts.max_prompt_tokens
+    first = {"first pass": float(prompts * shape.passing_bytes(width))}
+    parts = weights | {"cache": ROOM * batch * cache, "logits": float(DRAW * batch * shape.vocab_size)} | first
+    return fitted({}, parts, given.usable_bytes, divisible=1)
+
+
+def largest_batch(shape: ModelShape, recipe: Recipe, given: Assumptions) -> int:
+    """The largest ``rollout.batch_size`` of longest sequences on one GPU with ``transformers``; 0 when none fits."""
+    width = given.width
+    one = ROOM * longest(recipe) * shape.cache_bytes(width) + DRAW * shape.vocab_size
+    one += recipe.prompts.max_prompt_tokens * shape.passing_bytes(width)
+    return max(int((given.usable_bytes - shape.parameters * width) // one), 0)
+
+
+def score_memory(shape: ModelShape, recipe: Recipe, given: Assumptions) -> Memory:
+    """Weights P w, the passing activations of a micro-batch and of its last hidden states, and the logits of a few positions.
+
+    ``transformers`` scores on one GPU; with ``vllm`` the weights are divided.
+    """
+    tokens = micro_batch(recipe.score.batch_tokens, recipe)
+    passing = tokens * (shape.passing_bytes(given.width) + given.width * shape.hidden)
+    weights, whole = {"weights": float(shape.parameters * given.width)}, {"activations": float(passing), "logits": SCORE_LOGITS}
+    divisible = shape.heads if given.refills(recipe) else 1
+    return fitted(weights, whole, given.usable_bytes, divisible=divisible)
+
+
+def train_parts(shape: ModelShape, recipe: Recipe, given: Assumptions) -> tuple[dict[str, float], dict[str, float]]:
+    """What an update holds: divided by FSDP, and on each GPU.
+
+    Divided: the state, 16 P; gradients stay from one micro-batch to the next. On each, for a micro-batch of T tokens:
+
+    - activations: T (N s + o) without and T (N w D + o) with checkpointing (s and o: ``saved_bytes`` and ``outer_bytes``), and
+      four times the hidden states, T 4 w D: at the loss, their gradients, and both where a layer begins its backward pass;
+    - working: what a layer needs while it goes backward, T w I, with checkpointing T s more; or the loss's logits, which are
+      gone by then, if they are larger;
+    - head gradient: the loss's gradient of the output layer, V D w;
+    - gathered: in bfloat16 a copy of the parameters outside the layers, and of two layers with their gradients, as FSDP does.
+    """
+    width, tokens = given.width, micro_batch(recipe.train.batch_tokens, recipe)
+    layer, residual, inner = shape.saved_bytes(width), width * shape.hidden, width * shape.intermediate
+    kept, again = (shape.layers * residual, layer) if given.checkpointing else (shape.layers * layer, 0)
+    gathered = width * (shape.outside + 4 * shape.block) if width < FLOAT32 else 0
+    whole = {
+        "activations": float(tokens * (kept + shape.outer_bytes(width) + 4 * residual)),
+        "working": float(max(tokens * (again + inner), LOSS * recipe.train.logits_mib * MIB)),
+        "head gradient": float(width * shape.head),
+        "gathered": float(gathered),
+    }
+    return {"state": float(STATE * shape.parameters)}, {name: size for name, size in whole.items() if size}
+
+
+def train_memory(shape: ModelShape, recipe: Recipe, given: Assumptions) -> Memory:
+    """See ``train_parts``. One GPU alone has no FSDP that gathers: in bfloat16 it holds a copy of all parameters, P w."""
+    state, whole = train_parts(shape, recipe, given)
+    held = fitted(state, whole, given.usable_bytes)
+    if held.gpus != 1 or "gathered" not in whole:
+        return held
+    alone = Memory(state, whole | {"gathered": float(given.width * shape.parameters)}, 1)
+    return alone if alone.on_each(1) <= given.usable_bytes else Memory(state, whole, 2)
+
+
+def colocated_memory(student: ModelShape, teachers: Mapping[str, ModelShape], recipe: Recipe, given: Assumptions) -> Memory:
+    """One process with everything: the student's state and each different teacher, and the largest of what sampling, scoring
+    and training need besides. A sampling engine of its own holds a copy of the student; the full signal keeps the teacher's
+    hidden states of a step's responses, at their longest.
+
+    Args:
+        student: its shape.
+        teachers: shapes by location, each model once.
+        recipe: the recipe.
+        given: assumptions.
+    """
+    width = given.width
+    state, training = train_parts(student, recipe, given)
+    judges = float(sum(shape.parameters for shape in teachers.values()) * width)
+    sampling = rollout_memory(student, recipe, given)
+    cache = {name: size for name, size in {**sampling.sharded, **sampling.whole}.items() if name != "weights"}
+    scoring = [score_memory(shape, recipe, given).whole for shape in teachers.values()]
+    largest = max([training, cache, *scoring], key=lambda parts: sum(parts.values()))
+    sharded = state | {"teachers": judges}
+    if given.refills(recipe):
+        sharded["sampling copy"] = float(student.parameters * width)
+    if recipe.score.signal == "full":
+        responses = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt * recipe.rollout.max_new_tokens
+        sharded["teacher's hidden states"] = float(responses * student.hidden * width)
+    return fitted(sharded, largest, given.usable_bytes)
