@@ -26,7 +26,7 @@ from camopd.errors import InputError, Problem, StoreError, UnhealthyRunError
 from camopd.plan import Plan
 from camopd.progress import Progress
 from camopd.records import read_table
-from camopd.runtime import cores_each, set_threads
+from camopd.runtime import set_threads
 from camopd.schedule import Schedule, seed_of
 from camopd.store import Manifest, Store, join
 from camopd.student import Student, gathered, placed_like
@@ -339,7 +339,7 @@ def updates(round_uri: str, folder: str | Path, store: Store | None = None) -> d
     run_uri, number = layout.run_and_round(round_uri)
     plan = Plan.load(store, run_uri)
     recipe, tables = plan.recipe, _tables(plan, number)
-    set_threads(recipe.num_threads or cores_each(recipe.train.num_processes))
+    set_threads(recipe.num_threads, num_processes=recipe.train.num_processes)
     trainer = Trainer.load(plan, number, store)
     rollouts = read_table(store.fetch(join(tables.pop("rollout"), "rollouts.parquet")), "rollouts")
     selection = read_table(store.fetch(join(tables.pop("select"), "selection.parquet")), "selection")
