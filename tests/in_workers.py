@@ -52,6 +52,9 @@ def rounds(
     plan, records = make_plan(run_uri, student, signal, train), []
     for number in numbers:
         trainer = Trainer.load(plan, number, Store())
+        if trainer.student.num_ranks > 1:
+            held = sum(p.to_local().numel() for p in trainer.model.parameters())
+            assert held < 1.2 / trainer.student.num_ranks * sum(p.numel() for p in trainer.model.parameters())
         for counts in STEPS:
             rows = make_step(trainer.schedule.step, counts, tied=trainer.model.config.tie_word_embeddings)
             if trainer.schedule.step == broken:

@@ -10,7 +10,7 @@ import torch
 
 from camopd.config import Branch, Recipe
 from camopd.engines.transformers import TransformersEngine
-from camopd.errors import InputError, StoreError, UnhealthyRunError
+from camopd.errors import StoreError, UnhealthyRunError
 from camopd.plan import Plan
 from camopd.schedule import Schedule
 from camopd.store import Store
@@ -18,7 +18,6 @@ from camopd.student import Student
 from camopd.train import (
     STEPS,
     Trainer,
-    check_devices,
     check_fresh,
     headline,
     is_companion,
@@ -320,13 +319,3 @@ def test_rows_are_joined_by_key_and_never_by_place() -> None:
         1: [([3], [30], True)],
     }
     assert selected_rows(rollouts, scored, []) == {}
-
-
-def test_more_processes_than_gpus_are_refused_and_the_cpu_is_shared(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    check_devices(8)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    check_devices(4)
-    with pytest.raises(InputError, match=r"train\.num_processes: 8 processes need as many GPUs, and there are 4"):
-        check_devices(8)

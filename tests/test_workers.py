@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from camopd.errors import InputError, UnhealthyRunError, WorkerError
-from camopd.workers import run_workers
+from camopd.workers import check_devices, run_workers
 
 pytestmark = pytest.mark.slow
 FAIL = "tests.failing:fail"
@@ -41,6 +42,16 @@ def pids_in(folder: Path, count: int) -> list[int]:
         assert time.monotonic() < until, "the workers did not start"
         time.sleep(0.05)
     return [int(text) for text in found]
+
+
+def test_more_processes_than_gpus_are_refused_and_the_cpu_is_shared(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_devices(8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    check_devices(4)
+    with pytest.raises(InputError, match=r"train\.num_processes: 8 processes need as many GPUs, and there are 4"):
+        check_devices(8)
 
 
 def test_the_first_process_answers_for_all() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import time
@@ -22,16 +23,16 @@ from camopd import plan as layout
 from camopd.config import Recipe
 from camopd.diagnostics import measure
 from camopd.engines.transformers import device, load_model, output_head
-from camopd.errors import InputError, Problem, StoreError, UnhealthyRunError
+from camopd.errors import StoreError, UnhealthyRunError
 from camopd.plan import Plan
 from camopd.progress import Progress
 from camopd.records import read_table
 from camopd.runtime import set_threads
 from camopd.schedule import Schedule, seed_of
-from camopd.store import Manifest, Store, join
+from camopd.store import Manifest, Store, join, parent
 from camopd.student import Student, gathered, placed_like
 from camopd.update import batch_numbers, make_optimizer, rows_loss, update
-from camopd.workers import run_workers
+from camopd.workers import check_devices, run_workers
 
 OPTIMIZER = "trainer/optimizer.safetensors"
 STATE = "trainer/state.json"
@@ -291,7 +292,7 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
     run_uri, number = layout.run_and_round(round_uri)
     plan = Plan.load(store, run_uri)
     num_processes = plan.recipe.train.num_processes
-    inputs = {name: store.require(uri).content_id for name, uri in _tables(plan, number).items()}
+    inputs = {name: store.require(parent(uri)).content_id for name, uri in _tables(plan, number).items()}
     inputs["student"] = plan.student_id(number, store)
 
     def write(folder: Path) -> dict[str, Any]:
@@ -302,6 +303,8 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
             check_devices(num_processes)
             for uri in (plan.student_uri(number), *_tables(plan, number).values()):
                 store.fetch(uri)  # once, before several would at the same time
+            gc.collect()
+            torch.cuda.empty_cache()  # `camopd run` has sampled and scored in this process, and the first GPU is one of theirs
             arguments = {"round_uri": round_uri, "folder": str(folder)}
             numbers = run_workers("camopd.train:updates", arguments, num_processes=num_processes)
         return numbers | {"tokens_per_second": numbers["tokens"] / (time.monotonic() - begun)}
@@ -312,21 +315,14 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
 
 
 def _tables(plan: Plan, number: int) -> dict[str, str]:
-    """Prefixes of the tables that a round's updates read."""
+    """The tables that a round's updates read."""
     uri = layout.round_uri(plan.run_uri, number)
-    scores = {f"score/{branch.name}": layout.score_uri(uri, branch.name) for branch in plan.active_branches(number)}
-    return {"rollout": layout.rollout_uri(uri), "select": layout.select_uri(uri), **scores}
-
-
-def check_devices(num_processes: int) -> None:
-    """Raises InputError where there are GPUs, but fewer than processes: each takes one. Without any they share the CPU."""
-    found = torch.cuda.device_count() if torch.cuda.is_available() else num_processes
-    if found < num_processes:
-        what, fix = (
-            f"{num_processes} processes need as many GPUs, and there are {found}",
-            "lower it, or ask for a pod with more",
-        )
-        raise InputError([Problem("train.num_processes", what, fix)])
+    names = [branch.name for branch in plan.active_branches(number)]
+    tables = {
+        "rollout": join(layout.rollout_uri(uri), "rollouts.parquet"),
+        "select": join(layout.select_uri(uri), "selection.parquet"),
+    }
+    return tables | {f"score/{name}": join(layout.score_uri(uri, name), "scored.parquet") for name in names}
 
 
 def updates(round_uri: str, folder: str | Path, store: Store | None = None) -> dict[str, float]:
@@ -341,9 +337,9 @@ def updates(round_uri: str, folder: str | Path, store: Store | None = None) -> d
     recipe, tables = plan.recipe, _tables(plan, number)
     set_threads(recipe.num_threads, num_processes=recipe.train.num_processes)
     trainer = Trainer.load(plan, number, store)
-    rollouts = read_table(store.fetch(join(tables.pop("rollout"), "rollouts.parquet")), "rollouts")
-    selection = read_table(store.fetch(join(tables.pop("select"), "selection.parquet")), "selection")
-    scored = [row for uri in tables.values() for row in read_table(store.fetch(join(uri, "scored.parquet")), "scored")]
+    rollouts = read_table(store.fetch(tables.pop("rollout")), "rollouts")
+    selection = read_table(store.fetch(tables.pop("select")), "selection")
+    scored = [row for uri in tables.values() for row in read_table(store.fetch(uri), "scored")]
     chosen = selected_rows(rollouts, scored, selection)
     total, rounds = recipe.steps_per_round, recipe.num_rounds
     if trainer.student.rank == 0:

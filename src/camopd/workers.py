@@ -69,6 +69,16 @@ def run_workers(target: str, arguments: Mapping[str, Any], *, num_processes: int
         return _answer(folder, 0)["value"]
 
 
+def check_devices(num_processes: int) -> None:
+    """Raises InputError where there are GPUs, but fewer than processes: each takes one. Without any they share the CPU."""
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else num_processes
+    if found < num_processes:
+        what = f"{num_processes} processes need as many GPUs, and there are {found}"
+        raise InputError([Problem("train.num_processes", what, "lower it, or ask for a pod with more")])
+
+
 def _start(folder: Path, rank: int) -> subprocess.Popen[bytes]:
     """A worker with this process's path of imports. The first one shows what it has to say, the others write it to a file."""
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
