@@ -83,7 +83,7 @@ def test_a_killed_process_ends_the_others_at_once(tmp_path) -> None:
     begun = time.monotonic()
     with pytest.raises(WorkerError, match=r"^process 1 of 2 was killed, as happens where memory runs out; lower train\."):
         run_workers(FAIL, {"how": "killed", "rank": 0, "pids": str(tmp_path)}, num_processes=2)
-    assert time.monotonic() - begun < 45  # the other would wait a quarter of an hour
+    assert time.monotonic() - begun < 120  # the other would wait a quarter of an hour
     assert gone(pids_in(tmp_path, 2), 0)
 
 

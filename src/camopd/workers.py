@@ -65,7 +65,7 @@ def run_workers(target: str, arguments: Mapping[str, Any], *, num_processes: int
         finally:
             for process in processes:
                 process.kill()
-                process.wait()
+                process.communicate()  # waits, and closes its pipe
         return _answer(folder, 0)["value"]
 
 
