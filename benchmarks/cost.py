@@ -44,6 +44,7 @@ from camopd.engines.packing import use_packing
 from camopd.engines.transformers import TransformersEngine
 from camopd.evaluation.charts import COLOURS, NO_METADATA, STYLE
 from camopd.losses import Full, Sampled, Signal, Terms, TopK, chunked_objective
+from camopd.student import Student
 from camopd.update import make_optimizer, update
 
 RESULTS = Path(__file__).with_name("results") / "cost.md"
@@ -116,7 +117,7 @@ def one_update(point: Point, seed: int, repeats: int) -> Costs:
     model = make_model(point.vocabulary, seed)
     sampler = TransformersEngine(model, **limits)
     judge = TransformersEngine(make_model(point.vocabulary, seed + 1), **limits)
-    optimizer = make_optimizer(model, recipe)
+    student, optimizer = Student(model, recipe.train), make_optimizer(model, recipe)
     prompts = list(np.random.default_rng(seed).integers(0, point.vocabulary, (point.batch, PROMPT), np.int32))
 
     def rollout(step: int) -> list[dict[str, Any]]:
@@ -133,7 +134,7 @@ def one_update(point: Point, seed: int, repeats: int) -> Costs:
             rows[i] |= {"topk_ids": scores.topk_ids, "topk_logprobs": scores.topk_logprobs}
 
     def train(rows: list[dict[str, Any]]) -> None:
-        update(model, optimizer, rows, recipe=recipe, vocab_size=point.vocabulary)
+        update(student, optimizer, rows, recipe=recipe, vocab_size=point.vocabulary)
 
     spent = defaultdict(list)
     for step in range(repeats + 1):

@@ -315,7 +315,7 @@ class TwoUpdates(Session):
         batch, rows = collect(self)
         record = self.trainer.step(batch, rows)
         trainer, kept = self.trainer, [row for row in rows if row["kept"]]
-        update(trainer.model, trainer.optimizer, kept, recipe=self.plan.recipe, vocab_size=self.plan.vocab_size)
+        update(trainer.student, trainer.optimizer, kept, recipe=self.plan.recipe, vocab_size=self.plan.vocab_size)
         return batch, record
 
 

@@ -42,7 +42,7 @@ def output_weights() -> dict[str, Tensor]:
 
 
 def make_rows(
-    counts: Mapping[str, int], *, step: int = 0, drift: float = 0.8, top_k_of: str = "teacher", seed: int = 0
+    counts: Mapping[str, int], *, step: int = 0, drift: float = 0.8, top_k_of: str = "teacher", seed: int = 0, tied: bool = True
 ) -> tuple[list[Row], list[Row]]:
     """What was sampled and what the teachers say of it, in the form of the stages' tables.
 
@@ -50,7 +50,7 @@ def make_rows(
     importance weights leave their limits. Both branches use the same prompt ids.
     """
     rng = random.Random(seed)
-    student, teachers = tiny_model().double(), make_teachers()
+    student, teachers = tiny_model(tied=tied).double(), make_teachers()
     rollouts, scored = [], []
     for branch, count in counts.items():
         for index in range(count):

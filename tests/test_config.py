@@ -429,3 +429,20 @@ def test_aliases(alias: str) -> None:
 def test_the_shipped_recipe_is_valid() -> None:
     recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "micro.toml")
     assert [branch.name for branch in recipe.branches] == ["general", "domain"]
+
+
+# --- Training on several processes ----------------------------------------------------------------------------------------
+
+
+def test_updates_of_a_recovery_in_one_process_are_done_by_one() -> None:
+    wish = {"execution": "colocated", "train.num_processes": 2}
+    with pytest.raises(InputError, match=r"num_processes 2 needs the stages: `camopd recover` .*set it to 1") as caught:
+        load_recipe(MINIMAL, wish)
+    assert len(caught.value.problems) == 1
+    assert load_recipe(MINIMAL, {"execution": "colocated", "train.precision": "bfloat16"}).train.precision == "bfloat16"
+
+
+def test_several_processes_compare_no_gradients_and_say_so() -> None:
+    (sentence,) = cautions(load_recipe(MINIMAL, {"train.num_processes": 2}))
+    assert sentence.startswith("train.diagnose_every: gradients are not compared")
+    assert not cautions(load_recipe(MINIMAL, {"train.num_processes": 2, "train.diagnose_every": 0}))

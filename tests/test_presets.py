@@ -15,6 +15,7 @@ from camopd.plan import Plan
 from camopd.presets import presets
 from camopd.schedule import Schedule
 from camopd.select import select_rows
+from camopd.student import Student
 from camopd.train import Trainer, selected_rows
 from camopd.update import make_optimizer
 from tests.reference import SHARED, Advantage, K, keep_by_mass, make_rows, make_teachers, output_weights, step_loss
@@ -140,7 +141,7 @@ def check_step(entry: Entry, recipe: Recipe, step: int) -> None:
     rollouts, scored = make_rows(entry.cycle[step], step=step, top_k_of=recipe.score.top_k_of)
     chosen = selected_rows(rollouts, scored, select_rows(rollouts, scored, plan))[step]
     model = tiny_model()
-    trainer = Trainer(plan, model, make_optimizer(model, recipe), Path(), Schedule.of(recipe, step))
+    trainer = Trainer(plan, Student(model, recipe.train), make_optimizer(model, recipe), Path(), Schedule.of(recipe, step))
     trainer.teacher_weights = output_weights()
     record = trainer.step(rollouts, chosen)
 

@@ -79,6 +79,7 @@ def content(run_uri: str) -> list[str]:
         {"score.signal": "topk", "score.top_k_of": "student"},
         {"score.signal": "sampled", "score.empty_answers": "score"},
         {"method": "mopd", "num_rounds": 2},
+        {"train.precision": "bfloat16", "train.activation_checkpointing": True, "num_rounds": 2},
         {"method": "off-policy-kd", "score.signal": "sampled", "num_rounds": 2},
     ],
     ids=lambda settings: " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items()),

@@ -14,7 +14,17 @@ from camopd.errors import StoreError, UnhealthyRunError
 from camopd.plan import Plan
 from camopd.schedule import Schedule
 from camopd.store import Store
-from camopd.train import STEPS, Trainer, check_fresh, headline, is_companion, load_state, save_checkpoint, selected_rows
+from camopd.student import Student
+from camopd.train import (
+    STEPS,
+    Trainer,
+    check_fresh,
+    headline,
+    is_companion,
+    load_state,
+    save_checkpoint,
+    selected_rows,
+)
 from camopd.update import batch_numbers, make_optimizer, update
 from tests.reference import SHARED, K, exact, make_rows, make_teachers, output_weights, step_loss
 from tests.tiny import tiny_model
@@ -44,7 +54,7 @@ def make_batch(seed: int = 0, drift: float = 0.8, **counts: int) -> list[dict]:
 def make_trainer(recipe: Recipe, run_uri: str = "/runs/x", source: Path = Path()) -> Trainer:
     model = tiny_model()
     plan = Plan(run_uri, recipe, {}, SHARED, (2,), 0, {"general": 50, "domain": 50}, "t", 32)
-    return Trainer(plan, model, make_optimizer(model, recipe), source, Schedule.of(recipe))
+    return Trainer(plan, Student(model, recipe.train), make_optimizer(model, recipe), source, Schedule.of(recipe))
 
 
 # --- One update -----------------------------------------------------------------------------------------------------------
@@ -57,7 +67,14 @@ def test_update_has_the_loss_and_gradient_of_the_formula(signal: str, batch_toke
     limits = {"ratio_low": 0.7, "ratio_high": 1.5}
     recipe = make_recipe(signal, batch_tokens=batch_tokens, max_grad_norm=1e9, learning_rate=1e-12, **limits)
     rows, weights, model = make_batch(), output_weights(), tiny_model()
-    numbers = update(model, make_optimizer(model, recipe), rows, recipe=recipe, vocab_size=SHARED, teacher_weights=weights)
+    numbers = update(
+        Student(model, recipe.train),
+        make_optimizer(model, recipe),
+        rows,
+        recipe=recipe,
+        vocab_size=SHARED,
+        teacher_weights=weights,
+    )
     reference = tiny_model().double()
     loss = step_loss(
         reference,
@@ -79,7 +96,7 @@ def test_update_has_the_loss_and_gradient_of_the_formula(signal: str, batch_toke
 
 def test_update_reports_means_over_tokens_of_all_and_of_each_branch() -> None:
     rows, model, recipe = make_batch(), tiny_model(), make_recipe(learning_rate=1e-12)
-    numbers = update(model, make_optimizer(model, recipe), rows, recipe=recipe, vocab_size=SHARED)
+    numbers = update(Student(model, recipe.train), make_optimizer(model, recipe), rows, recipe=recipe, vocab_size=SHARED)
     drift, gaps = {"general": [], "domain": []}, {"general": [], "domain": []}
     for row in rows:
         own = np.log(exact(tiny_model().double(), row).detach().numpy())[range(len(row["response_ids"])), row["response_ids"]]
@@ -101,7 +118,7 @@ def test_a_teacher_equal_to_the_student_changes_nothing() -> None:
     own = scores.logprobs
     row |= {"teacher_logprobs": own, "logprobs": own}
     before = [p.detach().clone() for p in model.parameters()]
-    numbers = update(model, make_optimizer(model, recipe), [row], recipe=recipe, vocab_size=SHARED)
+    numbers = update(Student(model, recipe.train), make_optimizer(model, recipe), [row], recipe=recipe, vocab_size=SHARED)
     gap = numbers["branches"]["general"]["gap"]
     assert (numbers["loss"], numbers["grad_norm"], gap, numbers["kept_ratio"]) == (0, 0, 0, 1)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -112,7 +129,10 @@ def test_updates_close_the_gap_to_the_teacher() -> None:
     recipe = make_recipe("topk", learning_rate=1e-2, ratio_low=0.0, ratio_high=1e9)
     rows, model = make_batch(general=2), tiny_model()
     optimizer = make_optimizer(model, recipe)
-    gaps = [update(model, optimizer, rows, recipe=recipe, vocab_size=SHARED)["branches"]["general"]["gap"] for _ in range(40)]
+    gaps = [
+        update(Student(model, recipe.train), optimizer, rows, recipe=recipe, vocab_size=SHARED)["branches"]["general"]["gap"]
+        for _ in range(40)
+    ]
     assert gaps[-1] < 0.2 * gaps[0]
 
 
@@ -124,7 +144,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_parameters_change(broken: fl
     recipe = make_recipe(ratio_low=0.0, ratio_high=1e9)
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(UnhealthyRunError, match="not finite"):
-        update(model, make_optimizer(model, recipe), rows, recipe=recipe, vocab_size=SHARED)
+        update(Student(model, recipe.train), make_optimizer(model, recipe), rows, recipe=recipe, vocab_size=SHARED)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -223,7 +243,7 @@ def test_a_saved_trainer_goes_on_bit_for_bit(tmp_path) -> None:
 
     def steps(model, optimizer, count):
         for _ in range(count):
-            update(model, optimizer, rows, recipe=recipe, vocab_size=SHARED)
+            update(Student(model, recipe.train), optimizer, rows, recipe=recipe, vocab_size=SHARED)
 
     unbroken = tiny_model()
     optimizer = make_optimizer(unbroken, recipe)

@@ -10,7 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 VOCAB, EOS = 24, 2
 
 
-def tiny_model(seed: int = 0, *, vocab_size: int = VOCAB, spread: float = 0.6) -> Qwen3ForCausalLM:
+def tiny_model(seed: int = 0, *, vocab_size: int = VOCAB, spread: float = 0.6, tied: bool = True) -> Qwen3ForCausalLM:
     """A Qwen3 of 2 layers with peaked enough distributions to be interesting (``spread`` is the weights' deviation)."""
     config = Qwen3Config(
         vocab_size=vocab_size,
@@ -21,7 +21,7 @@ def tiny_model(seed: int = 0, *, vocab_size: int = VOCAB, spread: float = 0.6) -
         num_key_value_heads=1,
         head_dim=8,
         max_position_embeddings=128,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         initializer_range=spread,
         eos_token_id=EOS,
         pad_token_id=0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -107,6 +107,8 @@ class Score(Section):
 class Train(Section):
     """The updates. eps_lo, eps_hi and the optimiser's details are unpublished: the defaults are ours (method section 2)."""
 
+    HOW: ClassVar[frozenset[str]] = frozenset({"num_processes", "activation_checkpointing"})  # leave the weights as they are
+
     learning_rate: Float = Field(2e-6, gt=0, description="AdamW step size, constant.")
     weight_decay: Float = Field(0.0, ge=0, description="AdamW decoupled weight decay.")
     beta1: Float = Field(0.9, ge=0, lt=1, description="AdamW first-moment decay.")
@@ -119,6 +121,11 @@ class Train(Section):
     advantage_clip: Float | None = Field(None, gt=0, description="Clip on |A| in nats (MOPD clips at 5); none is CaMOPD.")
     batch_tokens: Int = Field(16384, ge=1, description="Padded tokens in one forward and backward pass.")
     logits_mib: Int = Field(64, ge=1, description="Size of the float32 logits that are alive at once, MiB.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of forward and backward passes; weights, sums of gradients and moments are float32."
+    )
+    activation_checkpointing: bool = Field(False, description="Compute layers again in the backward pass: less memory.")
+    num_processes: Int = Field(1, ge=1, description="Processes of one machine that share the updates (FSDP), a GPU each.")
     diagnose_every: Int = Field(8, ge=0, description="Updates between looks at the branches' gradients; 0 looks never.")
     max_engine_gap: Float = Field(0.1, gt=0, description="Mean |log p_engine - log p_trainer| that means stale weights.")
 
@@ -256,6 +263,16 @@ class Recipe(Section):
             raise ValueError("; ".join(problems))
         return score
 
+    @field_validator("train")
+    @classmethod
+    def _one_process_where_models_stay(cls, train: Train, info: ValidationInfo) -> Train:
+        if train.num_processes > 1 and info.data.get("execution") == "colocated":
+            raise ValueError(
+                f"num_processes {train.num_processes} needs the stages: `camopd recover` keeps all models in one process; "
+                "use `camopd run`, or set it to 1"
+            )
+        return train
+
     def branch(self, name: str) -> Branch:
         """The branch of that name. Raises KeyError with the names that exist."""
         for branch in self.branches:
@@ -323,11 +340,13 @@ def load_recipe(source: str | Path, parameters: Mapping[str, Any] | None = None,
 
 def cautions(recipe: Recipe) -> tuple[str, ...]:
     """What is allowed in a recipe but seldom meant, as sentences."""
-    return tuple(
+    same = [
         f"branches.{branch.name}.teacher: the teacher is the student itself, so there is no gap to close; name another"
         for branch in recipe.branches
         if branch.role == "recover" and recipe.teacher(branch) == recipe.student
-    )
+    ]
+    unseen = "train.diagnose_every: gradients are not compared where train.num_processes is above 1; 0 says so"
+    return (*same, *[unseen] * (recipe.train.num_processes > 1 and recipe.train.diagnose_every > 0))
 
 
 _LOCATIONS = (("student",), ("output",), ("prompts", "chat_template"), ("evaluate", "task_dir"))

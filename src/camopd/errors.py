@@ -50,5 +50,9 @@ class UnhealthyRunError(CamopdError):
     """The run stopped itself: stale weights, exploding length, non-finite loss, empty rollouts."""
 
 
+class WorkerError(CamopdError):
+    """One of several processes of a stage died, or met a fault that no sentence of ours tells of."""
+
+
 class TrackingError(CamopdError):
     """The MLflow server could not be reached or refused, where its answer is needed."""

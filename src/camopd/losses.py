@@ -295,7 +295,8 @@ class _Chunked(torch.autograd.Function):
     ) -> Tensor:
         weight = weight_VD[:vocab_size]
         grad_hidden = torch.empty_like(hidden_TD)
-        grad_weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        # float32, since hundreds of chunks are added up: in bfloat16 a sum stops growing at 256 times what is added.
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = hidden_TD.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden_TD), rows):
             part = slice(start, start + rows)
@@ -305,8 +306,10 @@ class _Chunked(torch.autograd.Function):
             (grad,) = torch.autograd.grad(value, logits_CV)
             grad = grad.to(hidden_TD.dtype)
             torch.mm(grad, weight, out=grad_hidden[part])
-            if grad_weight is not None:
+            if grad_weight is not None and grad.dtype == torch.float32:
                 grad_weight[:vocab_size].addmm_(grad.T, hidden_TD[part])
+            elif grad_weight is not None:
+                grad_weight[:vocab_size] += grad.T @ hidden_TD[part]
             total += value.detach()
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total

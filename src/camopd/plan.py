@@ -88,6 +88,7 @@ def training_config(recipe: Recipe, content_ids: dict[str, str]) -> dict[str, An
         "train",
     }
     config = recipe.model_dump(mode="json", include=shaping)
+    config["train"] = recipe.train.model_dump(mode="json", exclude=set(recipe.train.HOW))
     config["student"] = content_ids["student"]
     config["prompts"]["chat_template"] = content_ids.get("chat_template")
     config["branches"] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import time
@@ -13,22 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from camopd import plan as layout
 from camopd.config import Recipe
 from camopd.diagnostics import measure
-from camopd.engines.transformers import load_model, output_head
+from camopd.engines.transformers import device, load_model, output_head
 from camopd.errors import StoreError, UnhealthyRunError
 from camopd.plan import Plan
 from camopd.progress import Progress
 from camopd.records import read_table
 from camopd.runtime import set_threads
 from camopd.schedule import Schedule, seed_of
-from camopd.store import Manifest, Store, join
+from camopd.store import Manifest, Store, join, parent
+from camopd.student import Student, gathered, placed_like
 from camopd.update import batch_numbers, make_optimizer, rows_loss, update
+from camopd.workers import check_devices, run_workers
 
 OPTIMIZER = "trainer/optimizer.safetensors"
 STATE = "trainer/state.json"
@@ -49,25 +53,47 @@ def save_checkpoint(
     seed: int,
     student: Path,
     template: bytes | None = None,
+    writes: bool = True,
 ) -> None:
     """Write a model folder that anything can load, with the trainer's state in ``trainer/``.
 
     The generators' state is the seed: each round derives its own from it and the round's number.
     Tokenizer and generation settings are the student's own files, byte for byte; the chat template is the one that rendered the
     prompts, which is another where the recipe names one.
+
+    Processes that share the model hand their parts to the one that writes, so the folder is the same whatever their number, and
+    the next round may have another. That one needs memory for the weights and moments of the whole model, 12 bytes a parameter.
+
+    Args:
+        folder: where to write.
+        model: the student.
+        optimizer: of its parameters.
+        schedule: where it stands.
+        seed: of the recipe.
+        student: folder that the model was loaded from.
+        template: the chat template, where there is one.
+        writes: whether this process is the one; all of them must call.
     """
-    model.save_pretrained(folder)
+    names = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}  # a tied one once
+    weights = gathered(
+        ((names[id(tensor)], tensor) for tensor in (*model.parameters(), *model.buffers()) if id(tensor) in names), keep=writes
+    )
+    moments = gathered(
+        (
+            (f"{names[id(parameter)]}.{key}", value)
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        ),
+        keep=writes,
+    )
+    if not writes:
+        return
+    model.save_pretrained(folder, state_dict=weights)
     for path in student.iterdir():
         if path.is_file() and is_companion(path.name):
             shutil.copyfile(path, folder / path.name)
     if template is not None:
         (folder / layout.TEMPLATE).write_bytes(template)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    moments = {
-        f"{names[id(parameter)]}.{key}": value.detach().cpu().contiguous()
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
     (folder / OPTIMIZER).parent.mkdir()
     save_file(moments, folder / OPTIMIZER)
     (folder / STATE).write_text(json.dumps({"step": schedule.step, "cycle": schedule.cycle, "seed": seed}) + "\n")
@@ -81,14 +107,13 @@ def is_companion(name: str) -> bool:
 
 def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
     """Give the optimiser its moments back and return the optimiser steps done. Raises StoreError on another model's state."""
-    moments = load_file(folder / OPTIMIZER)
-    for name, parameter in model.named_parameters():
-        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments]
-        if len(keys) != 3:
-            raise StoreError(f"{folder / OPTIMIZER} has no moments for {name}: the checkpoint belongs to another model")
-        optimizer.state[parameter] = {
-            key: moments[f"{name}.{key}"].to("cpu" if key == "step" else parameter.device) for key in keys
-        }
+    with safe_open(folder / OPTIMIZER, "pt") as moments:
+        known = set(moments.keys())
+        for name, parameter in model.named_parameters():
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in known]
+            if len(keys) != 3:
+                raise StoreError(f"{folder / OPTIMIZER} has no moments for {name}: the checkpoint belongs to another model")
+            optimizer.state[parameter] = {key: placed_like(moments.get_tensor(f"{name}.{key}"), parameter) for key in keys}
     return json.loads((folder / STATE).read_text())["step"]
 
 
@@ -127,7 +152,7 @@ class Trainer:
 
     Attributes:
         plan: the run's plan.
-        model: the student.
+        student: the model and how it computes.
         optimizer: of its parameters.
         source: the folder that it was loaded from, with the tokenizer's files.
         schedule: where the next update stands.
@@ -137,7 +162,7 @@ class Trainer:
     """
 
     plan: Plan
-    model: PreTrainedModel
+    student: Student
     optimizer: torch.optim.Optimizer
     source: Path
     schedule: Schedule
@@ -151,13 +176,19 @@ class Trainer:
         recipe = plan.recipe
         torch.manual_seed(seed_of(recipe.seed, "train", number))
         folder = store.fetch(plan.student_uri(number))
-        model = load_model(folder)
+        train = recipe.train
+        model = load_model(folder, torch.device("cpu") if train.num_processes > 1 else device())
         output_head(model)  # refuses a head that the loss does not know
+        student = Student(model, train)
         optimizer = make_optimizer(model, recipe)
         done = load_state(folder, model, optimizer) if number > 1 else 0
         schedule = plan.schedule(number)
         assert done == schedule.step, "the checkpoint is not the round before's last step"
-        return cls(plan, model, optimizer, folder, schedule)
+        return cls(plan, student, optimizer, folder, schedule)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.student.model
 
     def step(self, batch: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
         """One update, and its record.
@@ -180,7 +211,7 @@ class Trainer:
         }
         diagnostics = self._diagnostics()
         numbers = update(
-            self.model,
+            self.student,
             self.optimizer,
             kept,
             recipe=recipe,
@@ -198,9 +229,12 @@ class Trainer:
         return self.records[-1]
 
     def _diagnostics(self) -> dict[str, Any]:
-        """How the branches' gradients stand to each other before this update, when it is time to look."""
+        """How the branches' gradients stand to each other before this update, when it is time to look.
+
+        Always in float32. Not where the model is spread: gradients of single samples are wanted whole, and no process has room.
+        """
         recipe, every = self.plan.recipe, self.plan.recipe.train.diagnose_every
-        if not every or (self.schedule.step + 1) % every:
+        if not every or (self.schedule.step + 1) % every or self.student.num_ranks > 1:
             return {}
 
         def loss_of(row: Row) -> Tensor:
@@ -213,13 +247,24 @@ class Trainer:
     def save(self, folder: Path, store: Store) -> dict[str, float]:
         """Write the checkpoint, and ``steps.json`` of the updates since the last one. Returns their headline numbers.
 
-        Neither times nor what an earlier round left in memory go into it: a run that was stopped makes the same bytes.
+        Neither times nor what an earlier round left in memory go into it: a run that was stopped makes the same bytes. Of
+        several processes the first one writes; all must call.
         """
         used = join(layout.plan_uri(self.plan.run_uri), layout.TEMPLATE)
         template = store.read(used) if store.stat(used) else None
-        seed = self.plan.recipe.seed
-        save_checkpoint(folder, self.model, self.optimizer, self.schedule, seed=seed, student=self.source, template=template)
-        (folder / STEPS).write_text(json.dumps(self.records, indent=1) + "\n")
+        first = self.student.rank == 0
+        save_checkpoint(
+            folder,
+            self.model,
+            self.optimizer,
+            self.schedule,
+            seed=self.plan.recipe.seed,
+            student=self.source,
+            template=template,
+            writes=first,
+        )
+        if first:
+            (folder / STEPS).write_text(json.dumps(self.records, indent=1) + "\n")
         numbers = headline(self.records)
         self.records, self.latest = [], {}
         return numbers
@@ -231,52 +276,85 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
     The prefix appears as a whole or not at all, so a killed attempt starts the round's updates again from the round before:
     no update is applied twice.
 
+    With ``train.num_processes`` above 1 the updates are done by as many processes that this one starts and waits for; what
+    they read and write is the same, and rounds of one run may have different numbers.
+
     Args:
         round_uri: ``<run>/rounds/0001``, rolled out, scored and selected.
         store: where to read and write.
 
     Raises:
+        InputError: more processes than GPUs.
         UnhealthyRunError: stale weights, or a loss that is not finite.
+        WorkerError: one of several processes died or met a fault.
     """
     store = store or Store()
     run_uri, number = layout.run_and_round(round_uri)
     plan = Plan.load(store, run_uri)
-    recipe = plan.recipe
-    names = [branch.name for branch in plan.active_branches(number)]
-    prefixes = {"rollout": layout.rollout_uri(round_uri), "select": layout.select_uri(round_uri)}
-    prefixes |= {f"score/{name}": layout.score_uri(round_uri, name) for name in names}
-    inputs = {name: store.require(uri).content_id for name, uri in prefixes.items()}
+    num_processes = plan.recipe.train.num_processes
+    inputs = {name: store.require(parent(uri)).content_id for name, uri in _tables(plan, number).items()}
     inputs["student"] = plan.student_id(number, store)
 
     def write(folder: Path) -> dict[str, Any]:
         begun = time.monotonic()
-        set_threads(recipe.num_threads)
-        trainer = Trainer.load(plan, number, store)
-        rollouts = read_table(store.fetch(join(prefixes["rollout"], "rollouts.parquet")), "rollouts")
-        scored = [
-            row
-            for name in names
-            for row in read_table(store.fetch(join(prefixes[f"score/{name}"], "scored.parquet")), "scored")
-        ]
-        selection = read_table(store.fetch(join(prefixes["select"], "selection.parquet")), "selection")
-        chosen = selected_rows(rollouts, scored, selection)
-        progress = Progress(
-            "train", total=recipe.steps_per_round, unit="steps", round_number=number, num_rounds=recipe.num_rounds
-        )
-        for at in plan.schedule(number).ahead(recipe.steps_per_round):
-            record = trainer.step([row for row in rollouts if row["step"] == at.step], chosen.get(at.step, []))
-            progress.advance(1, tokens=record["tokens"], branch=", ".join(at.active))
-        numbers = trainer.save(folder, store)
+        if num_processes == 1:
+            numbers = updates(round_uri, folder, store)
+        else:
+            check_devices(num_processes)
+            for uri in (plan.student_uri(number), *_tables(plan, number).values()):
+                store.fetch(uri)  # once, before several would at the same time
+            gc.collect()
+            torch.cuda.empty_cache()  # `camopd run` has sampled and scored in this process, and the first GPU is one of theirs
+            arguments = {"round_uri": round_uri, "folder": str(folder)}
+            numbers = run_workers("camopd.train:updates", arguments, num_processes=num_processes)
         return numbers | {"tokens_per_second": numbers["tokens"] / (time.monotonic() - begun)}
 
     return store.produce(
-        layout.checkpoint_uri(round_uri), stage="train", config=training_config(recipe), inputs=inputs, write=write
+        layout.checkpoint_uri(round_uri), stage="train", config=training_config(plan.recipe), inputs=inputs, write=write
     )
+
+
+def _tables(plan: Plan, number: int) -> dict[str, str]:
+    """The tables that a round's updates read."""
+    uri = layout.round_uri(plan.run_uri, number)
+    names = [branch.name for branch in plan.active_branches(number)]
+    tables = {
+        "rollout": join(layout.rollout_uri(uri), "rollouts.parquet"),
+        "select": join(layout.select_uri(uri), "selection.parquet"),
+    }
+    return tables | {f"score/{name}": join(layout.score_uri(uri, name), "scored.parquet") for name in names}
+
+
+def updates(round_uri: str, folder: str | Path, store: Store | None = None) -> dict[str, float]:
+    """The updates of one round and its checkpoint in ``folder``, alone or as one of several processes; the first reports.
+
+    Returns:
+        The round's headline numbers.
+    """
+    store = store or Store()
+    run_uri, number = layout.run_and_round(round_uri)
+    plan = Plan.load(store, run_uri)
+    recipe, tables = plan.recipe, _tables(plan, number)
+    set_threads(recipe.num_threads, num_processes=recipe.train.num_processes)
+    trainer = Trainer.load(plan, number, store)
+    rollouts = read_table(store.fetch(tables.pop("rollout")), "rollouts")
+    selection = read_table(store.fetch(tables.pop("select")), "selection")
+    scored = [row for uri in tables.values() for row in read_table(store.fetch(uri), "scored")]
+    chosen = selected_rows(rollouts, scored, selection)
+    total, rounds = recipe.steps_per_round, recipe.num_rounds
+    if trainer.student.rank == 0:
+        progress = Progress("train", total=total, unit="steps", round_number=number, num_rounds=rounds)
+    for at in plan.schedule(number).ahead(total):
+        record = trainer.step([row for row in rollouts if row["step"] == at.step], chosen.get(at.step, []))
+        if trainer.student.rank == 0:
+            progress.advance(1, tokens=record["tokens"], branch=", ".join(at.active))
+    return trainer.save(Path(folder), store)
 
 
 def training_config(recipe: Recipe) -> dict[str, Any]:
     """The settings that shape a round's updates."""
-    config = recipe.train.model_dump(mode="json") | {"signal": recipe.score.signal, "num_threads": recipe.num_threads}
+    config = recipe.train.model_dump(mode="json", exclude=set(recipe.train.HOW))
+    config |= {"signal": recipe.score.signal, "num_threads": recipe.num_threads}
     scale = {branch.name: branch.scale for branch in recipe.branches}
     return config | {"method": recipe.method, "cycle": Schedule.of(recipe).cycle, "scale": scale}
 

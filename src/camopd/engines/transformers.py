@@ -35,8 +35,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(path: Path) -> PreTrainedModel:
-    """Load a causal model in float32, on the GPU when there is one, in evaluation mode.
+def load_model(path: Path, where: torch.device | None = None) -> PreTrainedModel:
+    """Load a causal model in float32 in evaluation mode.
+
+    Args:
+        path: model folder.
+        where: device; none means the GPU when there is one.
 
     Raises:
         InputError: parameters that are NaN or infinite, named.
@@ -45,7 +49,7 @@ def load_model(path: Path) -> PreTrainedModel:
     bad = nonfinite_parameters(model.named_parameters())
     if bad:
         raise InputError([Problem(str(path), f"{name} holds NaN or infinity", "export the checkpoint again") for name in bad])
-    return use_packing(model.to(device()).eval())  # type: ignore[arg-type]
+    return use_packing(model.to(where or device()).eval())  # type: ignore[arg-type]
 
 
 def output_head(model: PreTrainedModel) -> torch.nn.Linear:

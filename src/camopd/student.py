@@ -1,0 +1,146 @@
+"""The model that learns: in which precision it computes, over how many processes it lies, and how its gradients are made.
+
+One process holds the whole of it. Several share it by FSDP2 (``torch.distributed.fsdp.fully_shard``): each holds an equal part
+of every parameter, of its float32 gradient and of the optimiser's moments, and sees a layer whole only while it computes there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from camopd.config import Train
+from camopd.engines.transformers import device
+from camopd.errors import InputError, Problem
+
+Seen = TypeVar("Seen")
+LossOf = Callable[[PreTrainedModel], tuple[Tensor, Seen]]
+
+
+class Student(nn.Module):
+    """A model and what ``train`` says of its computation. Weights, gradients and moments are float32 in any case.
+
+    Args:
+        model: in evaluation mode, on its device; on the CPU where it is to be spread, which moves it layer by layer.
+        train: precision, activation checkpointing and number of processes. With more than one, this is one of them, and the
+            default process group has them all.
+
+    Attributes:
+        model: the same model; spread, its parameters are ``DTensor``.
+        rank: number of this process.
+        num_ranks: how many processes share the updates.
+
+    Raises:
+        InputError: activation checkpointing of an architecture whose layers are not known.
+    """
+
+    rank, num_ranks = 0, 1
+
+    def __init__(self, model: PreTrainedModel, train: Train) -> None:
+        super().__init__()
+        self.model, self._dtype = model, getattr(torch, train.precision)
+        layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        if train.activation_checkpointing:
+            _checkpoint(layers, model)
+        if train.num_processes > 1:
+            self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+            self._spread(layers)
+
+    def _spread(self, layers: Iterable[nn.Module]) -> None:
+        """A group a layer, and one of all the rest: embedding and output layer, which may be one tensor, are whole throughout
+        ``forward``, so that a loss may read the weight and hand it a gradient like any other."""
+        mesh = init_device_mesh(device().type, (self.num_ranks,))
+        policy = MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for part in (*layers, self):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+            assert isinstance(part, FSDPModule)
+            part.set_gradient_divide_factor(1.0)  # a loss is a sum over samples, wherever they are
+            part.set_force_sum_reduction_for_comms(True)  # the default for a factor of one's own is NCCL's alone
+
+    def forward(self, loss_of: LossOf[Seen]) -> tuple[Tensor, Seen]:
+        """``loss_of(model)``, where FSDP has the weights whole."""
+        return loss_of(self.model)
+
+    def backward(self, loss_of: LossOf[Seen]) -> tuple[Tensor, Seen]:
+        """Add the gradient of a loss to the parameters' float32 gradients. Every process of the group must call it as often.
+
+        In bfloat16 the weights are rounded for the pass, and the gradients are summed in float32.
+
+        Args:
+            loss_of: the loss of a model, a scalar, and what else is to be kept of the pass.
+        """
+
+        def run(model: PreTrainedModel) -> tuple[Tensor, Seen]:
+            loss, seen = loss_of(model)
+            loss.backward()
+            return loss.detach(), seen
+
+        if self.num_ranks > 1:
+            loss, seen = self(loss_of)
+            loss.backward()
+            return loss.detach(), seen
+        if self._dtype == torch.float32:
+            return run(self.model)
+        rounded = {name: parameter.to(self._dtype) for name, parameter in self.named_parameters()}
+        return functional_call(self, rounded, (run,))  # the backward pass in it, since checkpointed layers compute again
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """The sum of numbers over the processes, the same on each."""
+        if self.num_ranks > 1:
+            dist.all_reduce(numbers)
+        return numbers
+
+
+def _checkpoint(layers: Iterable[nn.Module], model: PreTrainedModel) -> None:
+    """Keep of each layer its input alone and compute the rest again in the backward pass.
+
+    transformers' own switch needs the layers in training mode, where dropout would tell trainer and engine apart.
+    """
+    if not layers:
+        where, what = "train.activation_checkpointing", f"the layers of {type(model).__name__} are not known"
+        raise InputError([Problem(where, what, "set it to false")])
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+
+
+# --- Tensors of one process or of several ---------------------------------------------------------------------------------
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be spread over the processes, on each of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors: Iterable[tuple[str, Tensor]], *, keep: bool = True) -> dict[str, Tensor]:
+    """Whole tensors on the CPU by name, one after another, so that no device holds more than one of them.
+
+    Args:
+        tensors: (name, tensor); every process of a group must come with the same ones.
+        keep: False takes part and returns nothing.
+    """
+    kept = {}
+    for name, tensor in tensors:
+        everything = whole(tensor)
+        if keep:
+            kept[name] = everything.detach().cpu().contiguous()
+    return kept
+
+
+def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor on a parameter's device, and spread as the parameter is where it has its shape."""
+    if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return distribute_tensor(tensor.to(mesh.device_type), mesh, placements, src_data_rank=None)
+    return tensor.to(parameter.device)

@@ -1,0 +1,82 @@
+"""What tests let worker processes do: updates of a tiny model, as a stage does them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from camopd import plan as layout
+from camopd.config import Branch, Recipe
+from camopd.plan import Plan
+from camopd.store import Store
+from camopd.train import Trainer
+from tests.reference import SHARED, K, make_rows
+
+# Samples of each step by branch: odd numbers, mixed batches, and one sample for two processes.
+STEPS = ({"general": 5}, {"general": 3, "domain": 4}, {"general": 1}, {"domain": 7})
+
+LIMITS = {"ratio_low": 0.2, "ratio_high": 5.0}  # so wide that the one sample's step still has something to learn
+
+
+def make_plan(run_uri: str, student: str, signal: str, train: dict[str, Any]) -> Plan:
+    recipe = Recipe(
+        student=student,
+        branches=(
+            Branch(name="general", role="recover", teacher="/models/general", prompts="/g.jsonl", steps=3, scale=2.0),
+            Branch(name="domain", role="retain", prompts="/d.jsonl"),
+        ),
+        score={"signal": signal, "top_k": K},
+        train={"batch_tokens": 24, "learning_rate": 3e-3, "max_engine_gap": 10, "diagnose_every": 0, **LIMITS, **train},
+        steps_per_round=len(STEPS),
+    )
+    return Plan(run_uri, recipe, {}, SHARED, (2,), 0, {"general": 50, "domain": 50}, "t", 32)
+
+
+def make_step(step: int, counts: dict[str, int], *, tied: bool = True) -> list[dict[str, Any]]:
+    rollouts, scored = make_rows(counts, step=step, seed=step, drift=0.3, tied=tied)
+    return [{**row, **teacher, "kept": True} for row, teacher in zip(rollouts, scored, strict=True)]
+
+
+def rounds(
+    run_uri: str, student: str, signal: str, train: dict[str, Any], numbers: Sequence[int], broken: int = -1
+) -> list[dict[str, Any]]:
+    """Rounds of updates with a checkpoint after each, every round from the checkpoint before. Returns their records.
+
+    At step ``broken`` a teacher's log-probability is NaN.
+    """
+    torch.set_num_threads(1)
+    plan, records = make_plan(run_uri, student, signal, train), []
+    for number in numbers:
+        trainer = Trainer.load(plan, number, Store())
+        if trainer.student.num_ranks > 1:
+            held = sum(p.to_local().numel() for p in trainer.model.parameters())
+            assert held < 1.2 / trainer.student.num_ranks * sum(p.numel() for p in trainer.model.parameters())
+        for counts in STEPS:
+            rows = make_step(trainer.schedule.step, counts, tied=trainer.model.config.tie_word_embeddings)
+            if trainer.schedule.step == broken:
+                rows[0]["logprobs"][:] = rows[0]["teacher_logprobs"]
+                rows[0]["teacher_logprobs"][0] = float("nan")
+            records.append(trainer.step(rows, rows))
+        folder = Path(layout.checkpoint_uri(layout.round_uri(run_uri, number)))
+        if trainer.student.rank == 0:
+            folder.mkdir(parents=True)
+        trainer.save(folder, Store())
+        if dist.is_initialized():
+            dist.barrier()  # a stage does one round, so nobody reads what the first process has yet to write
+    return records
+
+
+def kinds_of_numbers(student: str, train: dict[str, Any]) -> dict[str, list[str]]:
+    """Types of what an update leaves, weights, gradients and moments, and of what the layers computed."""
+    trainer, computed = Trainer.load(make_plan("/runs/x", student, "topk", train), 1, Store()), []
+    trainer.model.base_model.layers[0].mlp.up_proj.register_forward_hook(lambda _, __, out: computed.append(out))
+    rows = make_step(0, STEPS[0])
+    trainer.step(rows, rows)
+    parameters = list(trainer.model.parameters())
+    moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    kinds = {"computed": computed, "weights": parameters, "gradients": [p.grad for p in parameters], "moments": moments}
+    return {name: sorted({str(tensor.dtype) for tensor in tensors}) for name, tensors in kinds.items()}
