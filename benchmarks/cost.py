@@ -6,7 +6,7 @@ The curves: random Qwen3 models of one shape; one of batch, length and vocabular
 response has the full length. Rollout, teacher (its top 8) and update (top-k signal, every sample) are those of a recovery.
 Every point is a fresh process of one thread. Seconds are its processor time. Peak memory is its largest resident set (VmHWM,
 set back before each part, when what is free has gone back to the system) above what was resident before: models and optimiser
-state. Linux with glibc.
+state. It is taken in an update of its own, in which large blocks go back as soon as they are free. Linux with glibc.
 
 The loss: forward and backward pass at vocabulary 151,936, hidden width 1,024 and 8,192 tokens, beside the float32 logits that
 it never holds. Its peak is the sum of the live tensors' storage after every operation, without inputs and returned gradients.
@@ -91,6 +91,14 @@ def resident() -> int:
     return memory("VmRSS")
 
 
+def give_back_at_once() -> None:
+    """From now on every block of a MiB is the system's again when it is freed (mallopt(3), M_MMAP_THRESHOLD).
+
+    Else glibc keeps large blocks in a heap that falls to pieces: at 151,936 tokens of vocabulary gigabytes that nobody uses.
+    """
+    ctypes.CDLL(None).mallopt(-3, MIB)
+
+
 def measured(work: Callable[..., Any], *arguments: Any, above: int) -> tuple[Any, tuple[float, float]]:
     """What the work returns, and its processor seconds and peak memory above so many bytes, MiB."""
     resident()
@@ -110,7 +118,8 @@ def make_model(vocabulary: int, seed: int) -> PreTrainedModel:
 
 
 def one_update(point: Point, seed: int, repeats: int) -> Costs:
-    """Medians of the parts of an update, after one to warm up that also makes the optimiser's moments."""
+    """Seconds of the parts of an update, the median of some after one to warm up that also makes the optimiser's moments; and
+    their memory, in one more that gives back at once what it frees, which takes time."""
     torch.set_num_threads(1)
     recipe = load_recipe("micro", {"method": "alternating", "score.signal": "topk", "score.top_k": TOP_K})
     limits = {"vocab_size": point.vocabulary, "batch_size": 256, "batch_tokens": recipe.score.batch_tokens}
@@ -137,7 +146,9 @@ def one_update(point: Point, seed: int, repeats: int) -> Costs:
         update(student, optimizer, rows, recipe=recipe, vocab_size=point.vocabulary)
 
     spent = defaultdict(list)
-    for step in range(repeats + 1):
+    for step in range(repeats + 2):
+        if step == repeats + 1:
+            give_back_at_once()
         optimizer.zero_grad(set_to_none=True)
         before = resident()
         rows, rollout_cost = measured(rollout, step, above=before)
@@ -145,10 +156,7 @@ def one_update(point: Point, seed: int, repeats: int) -> Costs:
         _, update_cost = measured(train, rows, above=before)
         for part, cost in zip(PARTS, (rollout_cost, teacher_cost, update_cost), strict=True):
             spent[part].append(cost)
-    return {
-        part: (statistics.median(c[0] for c in costs[1:]), statistics.median(c[1] for c in costs[1:]))
-        for part, costs in spent.items()
-    }
+    return {part: (statistics.median(c[0] for c in costs[1:-1]), costs[-1][1]) for part, costs in spent.items()}
 
 
 class LiveStorage(TorchDispatchMode):
@@ -260,7 +268,8 @@ def main() -> None:
             "memory above what was resident before, each point in a fresh process; how stands at the head of the script.",
             f"Random Qwen3 models of four layers and width 128, prompts of {PROMPT} tokens, the teacher's top {TOP_K}, every "
             f"sample trained on; at the base {base.batch} prompts a step, {base.length} tokens a response, vocabulary "
-            f"{base.vocabulary:,}. Medians of {arguments.repeats} updates. The plot is docs/images/cost.svg.",
+            f"{base.vocabulary:,}. Seconds are medians of {arguments.repeats} updates, memory is of one more. The plot is "
+            "docs/images/cost.svg.",
             *(curve_table(axis, costs) for axis in AXES),
             f"The loss alone, forward and backward pass of {TOKENS:,} tokens at vocabulary {VOCABULARY:,} and width {WIDTH:,}, "
             "beyond its inputs and the gradients that it returns: peak, and its share of the float32 logits that it never "

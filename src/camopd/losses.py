@@ -257,7 +257,8 @@ def chunked_objective(
         signal: what the teacher says.
         terms: weights, limits and the rule.
         vocab_size: ids from here on are padding of the output layer and get no probability.
-        logits_mib: size of the float32 logits that are alive at once; a pass takes about five times as much.
+        logits_mib: size of the float32 logits that are alive at once, of student and teacher together; a pass takes five to six
+            times as much.
     """
     seen: list[Statistics] = []
 
@@ -266,7 +267,8 @@ def chunked_objective(
         seen.append(statistics)
         return loss
 
-    rows = rows_at_once(vocab_size, logits_mib)
+    distributions = 2 if isinstance(signal, Full) else 1  # the teacher's logits are alive beside the student's
+    rows = max(1, rows_at_once(vocab_size, logits_mib) // distributions)
     loss = _Chunked.apply(hidden_TD, weight_VD, piece, vocab_size, rows)
     columns = zip(*(vars(statistics).values() for statistics in seen), strict=True)
     return loss, Statistics(*(torch.cat(column) for column in columns))
