@@ -32,6 +32,7 @@ from camopd.plan import Plan
 from camopd.records import write_table
 from camopd.schedule import Schedule
 from camopd.store import Store
+from camopd.student import Student
 from camopd.train import save_checkpoint
 from camopd.update import make_optimizer, rows_loss, update
 
@@ -185,18 +186,15 @@ def test_the_peak_of_an_update_is_foreseen(layers: int, tokens: int, checkpointi
     """In float32 on one device, with gradients kept from the first micro-batch to the second."""
     config = config_of("qwen3", vocab_size=2000, num_hidden_layers=layers)
     shape, model = read_shape(config, "qwen3"), model_of(config)
-    if checkpointing:
-        model.activation_checkpointing_enable()
-        model.train()  # where it is in force; there is no dropout
     settings = {"prompts.max_prompt_tokens": PROMPT, "rollout.max_new_tokens": tokens, "train.batch_tokens": 1}
-    recipe = sampled_recipe(**settings, **{"train.logits_mib": 1})
-    optimizer = make_optimizer(model, recipe)
+    recipe = sampled_recipe(**settings, **{"train.logits_mib": 1, "train.activation_checkpointing": checkpointing})
+    student, optimizer = Student(model, recipe.train), make_optimizer(model, recipe)
     rows = [row(tokens), row(tokens - 1)]
-    update(model, optimizer, rows, recipe=recipe, vocab_size=2000)  # makes the moments
+    update(student, optimizer, rows, recipe=recipe, vocab_size=2000)  # makes the moments
     optimizer.zero_grad(set_to_none=True)
     resident = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
     with LiveStorage(resident) as live:
-        update(model, optimizer, rows, recipe=recipe, vocab_size=2000)
+        update(student, optimizer, rows, recipe=recipe, vocab_size=2000)
     state, whole = train_parts(shape, recipe, Assumptions(dtype="float32", checkpointing=checkpointing))
     foreseen = sum(state.values()) + sum(whole.values()) - 12 * shape.parameters  # weights and moments are resident
     assert live.peak == pytest.approx(foreseen, rel=0.15)  # seen: 0.89 to 1.06
@@ -222,7 +220,7 @@ def test_the_peak_of_scoring_is_foreseen(tokens: int, monkeypatch: pytest.Monkey
 def test_a_checkpoint_has_the_bytes_that_were_foreseen(tmp_path) -> None:
     recipe, model = sampled_recipe(), load_model(MICRO)
     optimizer = make_optimizer(model, recipe)
-    update(model, optimizer, [row()], recipe=recipe, vocab_size=264)
+    update(Student(model, recipe.train), optimizer, [row()], recipe=recipe, vocab_size=264)
     save_checkpoint(tmp_path, model, optimizer, Schedule.of(recipe), seed=0, student=MICRO)
     shape = read_shape(json.loads((MICRO / "config.json").read_text()), "micro")
     held = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
