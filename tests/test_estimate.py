@@ -37,6 +37,8 @@ def shape_of(name: str) -> ModelShape:
 
 
 def recipe_of(name: str = "medical-8b", **settings) -> Recipe:
+    if settings.get("execution") == "colocated":
+        settings |= {"train.num_processes": 1, "rollout.engine": "transformers"}
     return load_recipe(ROOT / "recipes" / f"{name}.toml", settings)
 
 

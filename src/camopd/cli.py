@@ -218,9 +218,9 @@ def plan_(
         float, typer.Option(min=0.01, max=1, help="Share of the bandwidth in decoding.")
     ] = Assumptions.bandwidth_share,
     reserve: Annotated[float, typer.Option(min=0, max=0.9, help="Share of GPU memory that stays free.")] = Assumptions.reserve,
-    dtype: Annotated[Dtype, typer.Option(help="Type of the computation.")] = Assumptions.dtype,
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of the computation; else the recipe's train.precision.")] = None,
     engine: Annotated[EngineName | None, typer.Option(help="What samples; else the recipe's.")] = None,
-    checkpointing: Annotated[bool, typer.Option(help="Activation checkpointing in training.")] = Assumptions.checkpointing,
+    checkpointing: Annotated[bool | None, typer.Option(help="Activation checkpointing in training; else the recipe's.")] = None,
     start_minutes: Annotated[float, typer.Option(min=0, help="Minutes until a GPU pod computes.")] = Assumptions.start_minutes,
     price: Annotated[float | None, typer.Option(min=0, help="Price of a GPU-hour.")] = None,
     gpu_hours: Annotated[float | None, typer.Option(min=0, help="Known GPU-hours: which share of peak explains them?")] = None,
@@ -240,12 +240,14 @@ def plan_(
     from camopd.estimate.sources import LengthOptions
     from camopd.store import Store
 
+    wanted = load_recipe(recipe, _parameters(set_))
+    again = wanted.train.activation_checkpointing if checkpointing is None else checkpointing
     given = Assumptions(
-        gpu, gpu_memory, peak, bandwidth, peak_share, bandwidth_share, reserve, dtype,
-        engine, checkpointing, start_minutes, price,
+        gpu, gpu_memory, peak, bandwidth, peak_share, bandwidth_share, reserve, dtype or wanted.train.precision,
+        engine, again, start_minutes, price,
     )  # fmt: skip
     lengths = LengthOptions(_place(from_) if from_ else "", prompt_tokens, response_tokens, kept)
-    found = planned(load_recipe(recipe, _parameters(set_)), given, _parameters(config, "--config"), lengths, Store())
+    found = planned(wanted, given, _parameters(config, "--config"), lengths, Store())
     if json_:
         typer.echo(json.dumps(found.to_record(), indent=1))
     else:
