@@ -50,5 +50,9 @@ class UnhealthyRunError(CamopdError):
     """The run stopped itself: stale weights, exploding length, non-finite loss, empty rollouts."""
 
 
+class EngineError(CamopdError):
+    """What samples and scores does not start, or died, or was asked for what it cannot do."""
+
+
 class TrackingError(CamopdError):
     """The MLflow server could not be reached or refused, where its answer is needed."""

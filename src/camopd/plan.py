@@ -88,6 +88,8 @@ def training_config(recipe: Recipe, content_ids: dict[str, str]) -> dict[str, An
         "train",
     }
     config = recipe.model_dump(mode="json", include=shaping)
+    if recipe.rollout.engine == "vllm":
+        config["vllm"] = {"dtype": recipe.vllm.dtype}
     config["student"] = content_ids["student"]
     config["prompts"]["chat_template"] = content_ids.get("chat_template")
     config["branches"] = [
