@@ -3,9 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM := .venv-vllm
 SEED ?= 1
 
-.PHONY: help setup demo seeds test test-fast lint compile micro clean
+.PHONY: help setup demo seeds test test-fast test-vllm lint compile micro clean
 help:            ## List the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -25,6 +26,12 @@ test: $(READY) lint  ## Every test, with a real S3 server and a real MLflow serv
 test-fast: $(READY)  ## The tests that need no server and take seconds
 	$(BIN)/python -m pytest -m "not slow"
 
+test-vllm: $(READY) $(VLLM)/.ready  ## The vLLM engine for real, on CPU, in an environment of its own (Python 3.11)
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest tests/test_vllm_engine.py
+	$(BIN)/python -m pytest tests/integration/test_vllm_stages.py
+$(VLLM)/.ready: pyproject.toml requirements-vllm.txt scripts/setup_vllm.sh
+	bash scripts/setup_vllm.sh "$(PYTHON)" $(VLLM)
+
 lint: $(READY)   ## Style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -35,4 +42,4 @@ micro: $(READY)  ## Make the models, prompts and tasks of examples/micro from no
 	$(BIN)/python examples/micro/make.py
 
 clean:           ## Remove what the targets above wrote, the environment included
-	rm -rf $(VENV) runs .cache build dist
+	rm -rf $(VENV) $(VLLM) runs .cache build dist

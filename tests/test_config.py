@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from camopd import config
 from camopd.config import Branch, Recipe, cautions, load_recipe
 from camopd.errors import InputError
+from camopd.plan import run_id
 from camopd.presets import presets
 from camopd.recipe.parameters import dotted_keys
 from tests.folders import CASES
@@ -349,6 +350,43 @@ def test_the_line_of_a_signal_that_does_not_fit_is_named() -> None:
 )
 def test_signals_that_fit(parameters: dict) -> None:
     load_recipe(MINIMAL, parameters)
+
+
+# --- Engines --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "place", "words"),
+    [
+        ({"rollout.engine": "vlm"}, "rollout.engine", "did you mean 'vllm'"),
+        ({"rollout.engine": "vllm", "execution": "colocated"}, "recipe (rollout)", "use engine transformers"),
+        (
+            {"rollout.engine": "vllm", "score.signal": "topk", "score.top_k_of": "student"},
+            "recipe (score)",
+            "engine vllm has not; use teacher",
+        ),
+        ({"vllm.tensor_parallel_size": 0}, "vllm.tensor_parallel_size", "at least 1"),
+        ({"vllm.gpu_memory_utilization": 1.5}, "vllm.gpu_memory_utilization", "at most 1"),
+        ({"vllm.dtype": "fp8"}, "vllm.dtype", "not one of bfloat16, float16, float32"),
+        ({"vllm.gpu_memory": 0.5}, "vllm.gpu_memory", "did you mean 'vllm.gpu_memory_utilization'"),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused_with_the_recipe(parameters: dict, place: str, words: str) -> None:
+    assert words in problems_of(MINIMAL, parameters)[place]
+
+
+def test_vllm_may_sample_and_score_in_stages() -> None:
+    for score in ({}, {"score.signal": "topk"}, {"score.top_k_of": "student"}):  # of a signal that has no top k
+        load_recipe(MINIMAL, {"rollout.engine": "vllm", **score})
+
+
+def test_of_vllm_s_settings_the_numbers_it_computes_in_name_the_run() -> None:
+    def run(**settings: object) -> str:
+        values = {"rollout": {"engine": "vllm"}, "vllm": settings}
+        recipe = Recipe.model_validate(tomllib.loads(MINIMAL) | values)
+        return run_id(recipe, {"student": "a", "teacher/general": "b", "teacher/domain": "a"})
+
+    assert run() == run(gpu_memory_utilization=0.5, tensor_parallel_size=4) != run(dtype="float32")
 
 
 # --- Prompts and batches --------------------------------------------------------------------------------------------------

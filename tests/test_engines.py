@@ -1,11 +1,15 @@
 """Sampling and scoring against a plain forward pass in float64, without cache, padding or batching."""
 
+import gc
+import weakref
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM, Qwen3ForCausalLM
 
-from camopd.engines import load_engine
+from camopd.engines import load_engine, token_batches
 from camopd.engines.cache import roomy_cache
 from camopd.engines.transformers import (
     TransformersEngine,
@@ -13,7 +17,6 @@ from camopd.engines.transformers import (
     load_model,
     output_head,
     response_hidden,
-    token_batches,
     uniforms,
 )
 from camopd.errors import InputError
@@ -30,7 +33,8 @@ def folder(tmp_path_factory):
 
 
 def engine(folder, *, batch_size=5, batch_tokens=64):
-    return load_engine("transformers", folder, vocab_size=SHARED, batch_size=batch_size, batch_tokens=batch_tokens)
+    limits = {"vocab_size": SHARED, "batch_size": batch_size, "batch_tokens": batch_tokens, "max_length": 128}
+    return load_engine("transformers", folder, **limits)
 
 
 def exact_logprobs(prompt, response):
@@ -254,4 +258,18 @@ def test_an_output_layer_with_a_bias_is_refused() -> None:
 
 def test_an_unknown_engine_is_named() -> None:
     with pytest.raises(ValueError, match="'vlm' is not known"):
-        load_engine("vlm", None, vocab_size=1, batch_size=1, batch_tokens=1)
+        load_engine("vlm", None, vocab_size=1, batch_size=1, batch_tokens=1, max_length=1)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_an_engine_that_is_not_installed_is_said() -> None:
+    with pytest.raises(InputError, match="vLLM is not installed here -> run this stage in the inference environment"):
+        load_engine("vllm", None, vocab_size=1, batch_size=1, batch_tokens=1, max_length=1)
+
+
+def test_a_closed_engine_lets_go_of_its_model() -> None:
+    held = TransformersEngine(tiny_model(), vocab_size=SHARED, batch_size=5, batch_tokens=64)
+    model = weakref.ref(held._model)
+    held.close()
+    gc.collect()
+    assert model() is None

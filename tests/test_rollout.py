@@ -16,7 +16,7 @@ from camopd.engines.transformers import TransformersEngine
 from camopd.errors import UnhealthyRunError
 from camopd.plan import Plan
 from camopd.records import write_table
-from camopd.rollout import PromptTables, Row, finish_reason, health, is_empty, requests, sample_rows
+from camopd.rollout import PromptTables, Row, finish_reason, health, is_empty, models, requests, sample_rows
 from camopd.store import Store
 from tests.tiny import VOCAB, tiny_model
 
@@ -162,6 +162,16 @@ def test_the_student_s_top_k_comes_with_the_rollout(top_k_of, width) -> None:
     score = {"signal": "topk", "top_k": 4, "top_k_of": top_k_of}
     for row in sampled(make_plan(score=score, rollout={"prompts_per_step": 2, "max_new_tokens": 6}), seeds=(0, 0)):
         assert row["topk_ids"].shape == row["student_topk_logprobs"].shape == (len(row["response_ids"]), width)
+
+
+def test_each_model_answers_all_its_branches_and_is_loaded_once() -> None:
+    """One after the other: a device need not hold two."""
+    extra = {"name": "other", "role": "retain", "prompts": "/o.jsonl"}  # the frozen student teaches here, as for `domain`
+    plan = make_plan(branches=[GENERAL, DOMAIN, extra])
+    assert models(plan, 1) == {"/models/domain": ["general", "domain", "other"]}
+    assert models(plan, 2) == {layout.checkpoint_uri(plan.rounds[0]): ["general", "domain", "other"]}
+    by_teacher = make_plan(branches=[GENERAL, DOMAIN, extra], rollout={"sampler": "teacher"})
+    assert models(by_teacher, 2) == {"/models/general": ["general"], "/models/domain": ["domain", "other"]}
 
 
 # --- Health ---------------------------------------------------------------------------------------------------------------

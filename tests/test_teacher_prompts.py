@@ -343,7 +343,7 @@ def test_the_micro_teacher_writes_prompts_of_unseen_kinds() -> None:
 
     def write(batch_size: int) -> tuple[list[dict[str, Any]], Tally]:
         rows: list[Any] = []
-        engine = load_engine("transformers", MICRO, vocab_size=261, batch_size=batch_size, batch_tokens=4096)
+        engine = load_engine("transformers", MICRO, vocab_size=261, batch_size=batch_size, batch_tokens=4096, max_length=128)
         turn = user_turn(tokenizer, "t", enable_thinking=None)
         tally = make_prompts(
             "general",

@@ -10,7 +10,15 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 VOCAB, EOS = 24, 2
 
 
-def tiny_model(seed: int = 0, *, vocab_size: int = VOCAB, spread: float = 0.6, tied: bool = True) -> Qwen3ForCausalLM:
+def tiny_model(
+    seed: int = 0,
+    *,
+    vocab_size: int = VOCAB,
+    spread: float = 0.6,
+    head_dim: int = 8,
+    max_length: int = 128,
+    tied: bool = True,
+) -> Qwen3ForCausalLM:
     """A Qwen3 of 2 layers with peaked enough distributions to be interesting (``spread`` is the weights' deviation)."""
     config = Qwen3Config(
         vocab_size=vocab_size,
@@ -19,8 +27,8 @@ def tiny_model(seed: int = 0, *, vocab_size: int = VOCAB, spread: float = 0.6, t
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=128,
+        head_dim=head_dim,
+        max_position_embeddings=max_length,
         tie_word_embeddings=tied,
         initializer_range=spread,
         eos_token_id=EOS,

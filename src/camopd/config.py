@@ -81,7 +81,7 @@ class Prompts(Section):
 class Rollout(Section):
     """Sampling, always at temperature 1 and top-p 1: on-policy."""
 
-    engine: Literal["transformers"] = Field("transformers", description="What samples and scores.")
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="What samples and scores.")
     sampler: Literal["student", "teacher"] = Field("student", description="Who answers; the teacher does in off-policy KD.")
     prompts_per_step: Int = Field(512, ge=1, description="Prompts of one optimiser step.")
     samples_per_prompt: Int = Field(1, ge=1, description="Responses for each prompt.")
@@ -89,6 +89,15 @@ class Rollout(Section):
     batch_size: Int = Field(64, ge=1, description="Sequences decoded together.")
     max_length_growth: Float = Field(8.0, gt=1, description="Mean response length against round 1 that stops the run.")
     max_empty_fraction: Float = Field(0.05, ge=0, le=1, description="Share of empty responses that stops the run.")
+
+
+class VLLM(Section):
+    """The vLLM engine. Field names are vLLM's own arguments."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Numbers that it computes in.")
+    tensor_parallel_size: Int = Field(1, ge=1, description="GPUs that share one model.")
+    gpu_memory_utilization: Float = Field(0.85, gt=0, le=1, description="Share of a GPU that it takes; scoring needs more.")
+    enforce_eager: bool = Field(False, description="No compilation, no CUDA graphs: starts sooner, decodes slower.")
 
 
 class Score(Section):
@@ -190,6 +199,7 @@ class Recipe(Section):
     branches: tuple[Branch, ...] = Field(description="At least one to recover; see Branch.")
     prompts: Prompts = Prompts()
     rollout: Rollout = Rollout()
+    vllm: VLLM = VLLM()
     score: Score = Field(Score(), validate_default=True)
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
@@ -243,6 +253,16 @@ class Recipe(Section):
             )
         return rollout
 
+    @field_validator("rollout")
+    @classmethod
+    def _engine_fits(cls, rollout: Rollout, info: ValidationInfo) -> Rollout:
+        if rollout.engine == "vllm" and info.data.get("execution") == "colocated":
+            raise ValueError(
+                "engine vllm keeps a model of its own, and execution colocated samples from the one in training: use engine "
+                "transformers, or execution staged"
+            )
+        return rollout
+
     @field_validator("score")
     @classmethod
     def _signal_fits(cls, score: Score, info: ValidationInfo) -> Score:
@@ -255,7 +275,10 @@ class Recipe(Section):
             problems.append(f"method {method} is defined for signal {' or '.join(allowed)}, not {score.signal}")
         if score.signal == "full" and info.data.get("execution") == "staged":
             problems.append("signal full needs student and teacher in one process: use `camopd recover`, or topk")
-        if score.top_k_of == "student" and info.data.get("rollout", Rollout()).sampler == "teacher":
+        rollout = info.data.get("rollout", Rollout())
+        if score.signal == "topk" and score.top_k_of == "student" and rollout.engine == "vllm":
+            problems.append("top_k_of student needs log-probabilities of given tokens, which engine vllm has not; use teacher")
+        if score.top_k_of == "student" and rollout.sampler == "teacher":
             problems.append("top_k_of student needs answers that the student sampled; use teacher")
         if exact and not (score.signal == "topk" and score.top_k_of == "student"):
             problems.append(f"score kl of branch {exact[0]} needs signal topk with top_k_of student: both models' values")

@@ -54,5 +54,9 @@ class WorkerError(CamopdError):
     """One of several processes of a stage died, or met a fault that no sentence of ours tells of."""
 
 
+class EngineError(CamopdError):
+    """What samples and scores does not start, or died, or was asked for what it cannot do."""
+
+
 class TrackingError(CamopdError):
     """The MLflow server could not be reached or refused, where its answer is needed."""

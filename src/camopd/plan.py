@@ -89,6 +89,8 @@ def training_config(recipe: Recipe, content_ids: dict[str, str]) -> dict[str, An
     }
     config = recipe.model_dump(mode="json", include=shaping)
     config["train"] = recipe.train.model_dump(mode="json", exclude=set(recipe.train.HOW))
+    if recipe.rollout.engine == "vllm":
+        config["vllm"] = {"dtype": recipe.vllm.dtype}
     config["student"] = content_ids["student"]
     config["prompts"]["chat_template"] = content_ids.get("chat_template")
     config["branches"] = [

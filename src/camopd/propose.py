@@ -52,10 +52,10 @@ def run(plan: Plan, branch: Branch, *, store: Store) -> str:
         items, _ = evaluation_items(sorted({task for b in recipe.branches for task in b.tasks}), files)
         own = store.fetch(join(plan_uri, layout.prompts_file(branch.name))) if branch.has_prompt_file else None
         progress = Progress("rollout", total=count, unit="prompts", branch=f"{branch.name}, by its teacher")
-        with open_table(folder / "prompts.parquet", "prompts") as write_rows:
+        with open_table(folder / "prompts.parquet", "prompts") as write_rows, engine_at(plan, teacher, store) as engine:
             tally = make_prompts(
                 branch.name,
-                engine=engine_at(plan, teacher, store),
+                engine=engine,
                 turn=user_turn(tokenizer, f"branches.{branch.name}.teacher", enable_thinking=recipe.prompts.enable_thinking),
                 encoder=encoder,
                 count=count,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,10 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
             num_rounds=recipe.num_rounds,
             branch="all branches",
         )
-        sample_rows(_engines(plan, number, store), wanted, plan, lambda tokens: progress.advance(1, tokens=tokens))
+        for uri, names in models(plan, number).items():  # one at a time: a device holds one of them
+            own = [request for request in wanted if request["branch"] in names]
+            with engine_at(plan, uri, store) as engine:
+                sample_rows(dict.fromkeys(names, engine), own, plan, lambda tokens: progress.advance(1, tokens=tokens))
         tokenizer = AutoTokenizer.from_pretrained(store.fetch(recipe.student), local_files_only=True)
         for row in wanted:
             row["text"] = tokenizer.decode(row["response_ids"], skip_special_tokens=True)
@@ -227,20 +231,27 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
     return store.produce(layout.rollout_uri(round_uri), stage="rollout", config=config, inputs=inputs, write=write)
 
 
-def _engines(plan: Plan, number: int, store: Store) -> dict[str, Engine]:
-    """Who answers each branch's prompts: the round's student, or the branch's teacher. Each model is loaded once."""
+def models(plan: Plan, number: int) -> dict[str, list[str]]:
+    """Who answers: the round's student for all branches, or each branch's teacher. Branches by the URI of the model."""
     by_teacher, student = plan.recipe.rollout.sampler == "teacher", plan.student_uri(number)
-    uris = {branch.name: plan.teacher_uri(branch) if by_teacher else student for branch in plan.active_branches(number)}
-    engines = {uri: engine_at(plan, uri, store) for uri in dict.fromkeys(uris.values())}
-    return {name: engines[uri] for name, uri in uris.items()}
+    branches: dict[str, list[str]] = {}
+    for branch in plan.active_branches(number):
+        branches.setdefault(plan.teacher_uri(branch) if by_teacher else student, []).append(branch.name)
+    return branches
 
 
-def engine_at(plan: Plan, uri: str, store: Store) -> Engine:
-    """The recipe's engine with the model at ``uri``."""
-    return load_engine(
-        plan.recipe.rollout.engine,
+@contextmanager
+def engine_at(plan: Plan, uri: str, store: Store) -> Iterator[Engine]:
+    """The recipe's engine with the model at ``uri``, closed at the end: what it held on the device is free again."""
+    recipe = plan.recipe
+    engine = load_engine(
+        recipe.rollout.engine,
         store.fetch(uri),
         vocab_size=plan.vocab_size,
-        batch_size=plan.recipe.rollout.batch_size,
-        batch_tokens=plan.recipe.score.batch_tokens,
+        batch_size=recipe.rollout.batch_size,
+        batch_tokens=recipe.score.batch_tokens,
+        max_length=plan.max_prompt_tokens + recipe.rollout.max_new_tokens,
+        vllm=recipe.vllm,
     )
+    with closing(engine):
+        yield engine

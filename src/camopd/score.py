@@ -94,8 +94,8 @@ def run(round_uri: str, branch_name: str, *, store: Store | None = None) -> Mani
         progress = Progress(
             "score", total=len(rows), unit="samples", round_number=number, num_rounds=recipe.num_rounds, branch=branch_name
         )
-        engine = engine_at(plan, plan.teacher_uri(branch), store)
-        scored = score_rows(engine, rows, plan, lambda tokens: progress.advance(1, tokens=tokens))
+        with engine_at(plan, plan.teacher_uri(branch), store) as engine:
+            scored = score_rows(engine, rows, plan, lambda tokens: progress.advance(1, tokens=tokens))
         write_table(folder / "scored.parquet", "scored", scored)
         return headline(scored, rows)
 

@@ -23,10 +23,10 @@ SMALL = {
 }
 
 
-def command(verb: str, *arguments: str, **settings: str) -> list[str]:
+def command(verb: str, *arguments: str, program: Path = CAMOPD, **settings: str) -> list[str]:
     """``camopd <verb> ... --set key=value``."""
     pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    return [str(CAMOPD), verb, *arguments, *pairs]
+    return [str(program), verb, *arguments, *pairs]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -35,11 +35,18 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"} | extra
 
 
-def camopd(verb: str, *arguments: str, settings: dict[str, str] | None = None, **extra: str) -> str:
-    """Run a verb in a process of its own and return what it printed. Raises with its messages when it fails."""
-    done = subprocess.run(
-        command(verb, *arguments, **(settings or {})), cwd=ROOT, env=environment(**extra), capture_output=True, text=True
-    )
+def camopd(verb: str, *arguments: str, settings: dict[str, str] | None = None, program: Path = CAMOPD, **extra: str) -> str:
+    """Run a verb in a process of its own and return what it printed. Raises with its messages when it fails.
+
+    Args:
+        verb: of the command line.
+        arguments: positional ones and options.
+        settings: by dotted key.
+        program: the `camopd` of another environment.
+        extra: environment variables.
+    """
+    whole = command(verb, *arguments, program=program, **(settings or {}))
+    done = subprocess.run(whole, cwd=ROOT, env=environment(**extra), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

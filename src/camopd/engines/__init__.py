@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from camopd.errors import InputError, Problem
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from camopd.config import VLLM
 
 TokenIds = Sequence[int] | NDArray[np.int32]  # of one prompt or one response
 
@@ -26,7 +31,8 @@ class Sample:
     Attributes:
         token_ids: sampled ids, int32 (L,), the end token included when one was sampled.
         logprobs: log-probability of each under the distribution it was sampled from, float32 (L,).
-        entropy: mean entropy of those distributions, nats.
+        entropy: mean entropy of those distributions, nats; from vLLM the estimate -mean(logprobs) from the drawn tokens, which
+            has the same expectation at each position.
         finish_reason: ``stop`` at an end token, ``length`` at the limit.
         topk_ids: the sampler's own K most likely tokens at each position, int32 (L, K); K is 0 when none were asked for.
         topk_logprobs: their log-probabilities, float32 (L, K).
@@ -98,23 +104,59 @@ class Engine(Protocol):
             hidden: give the hidden states, too, for a loss over the whole vocabulary in the same process.
         """
 
+    def close(self) -> None:
+        """Free the model and the device. The engine answers nothing after it."""
 
-def load_engine(name: str, path: Path, *, vocab_size: int, batch_size: int, batch_tokens: int) -> Engine:
+
+def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Groups of indices, sorted by length, with members times longest member within ``budget``; at least one a group."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batch and (len(batch) + 1) * lengths[index] > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def load_engine(
+    name: str,
+    path: Path,
+    *,
+    vocab_size: int,
+    batch_size: int,
+    batch_tokens: int,
+    max_length: int,
+    vllm: VLLM | None = None,
+) -> Engine:
     """The engine of that name with the model at ``path``; heavy imports happen here.
 
     Args:
-        name: ``transformers``.
+        name: ``transformers`` or ``vllm``.
         path: local model folder.
         vocab_size: shared ids; the rest of the head is masked.
         batch_size: sequences decoded together.
         batch_tokens: padded tokens of one scoring pass.
+        max_length: longest sequence, prompt and response together; vLLM sizes its cache by it.
+        vllm: the recipe's table of that name; None is its defaults.
 
     Raises:
         ValueError: an engine that does not exist.
-        InputError: a model that the engine does not take.
+        InputError: a model that the engine does not take, or an engine that is not installed.
+        EngineError: vLLM does not start.
     """
+    limits = {"vocab_size": vocab_size, "batch_size": batch_size, "batch_tokens": batch_tokens}
     if name == "transformers":
         from camopd.engines.transformers import TransformersEngine, load_model
 
-        return TransformersEngine(load_model(path), vocab_size=vocab_size, batch_size=batch_size, batch_tokens=batch_tokens)
-    raise ValueError(f"rollout.engine {name!r} is not known; use transformers")
+        return TransformersEngine(load_model(path), **limits)
+    if name == "vllm":
+        if find_spec("vllm") is None:
+            what, fix = "vLLM is not installed here", "run this stage in the inference environment, or use transformers"
+            raise InputError([Problem("rollout.engine", what, fix)])
+        from camopd.config import VLLM
+        from camopd.engines.vllm import VllmEngine
+
+        return VllmEngine(path, **limits, max_length=max_length, settings=vllm or VLLM())
+    raise ValueError(f"rollout.engine {name!r} is not known; use transformers or vllm")

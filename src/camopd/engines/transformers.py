@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from camopd.engines import Sample, Scores, TokenIds
+from camopd.engines import Sample, Scores, TokenIds, token_batches
 from camopd.engines.cache import roomy_cache
 from camopd.engines.packing import hidden_states, use_packing
 from camopd.errors import InputError, Problem
@@ -84,18 +84,6 @@ def response_hidden(model: PreTrainedModel, prompts: Sequence[TokenIds], respons
     return hidden.index_select(0, torch.from_numpy(read).to(where))
 
 
-def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Groups of indices, sorted by length, with members times longest member within ``budget``; at least one a group."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batch and (len(batch) + 1) * lengths[index] > budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
 class TransformersEngine:
     """A model in memory. See ``camopd.engines.Engine`` for the two methods' contract.
 
@@ -114,6 +102,10 @@ class TransformersEngine:
     def __init__(self, model: PreTrainedModel, *, vocab_size: int, batch_size: int, batch_tokens: int) -> None:
         self._model, self._weight_VD = model, output_head(model).weight
         self._vocab_size, self._batch_size, self._batch_tokens = vocab_size, batch_size, batch_tokens
+
+    def close(self) -> None:
+        """Let go of the model; its memory is free when nobody else holds it."""
+        del self._model, self._weight_VD
 
     def score(
         self,
