@@ -272,16 +272,16 @@ def test_one_gpu_alone_holds_a_whole_copy_in_bfloat16() -> None:
 
 
 def test_the_advised_batch_fits_and_one_more_does_not() -> None:
-    shape, given_ = shape_of("Qwen3-8B"), Assumptions()
+    shape, given_ = shape_of("Qwen3-8B"), Assumptions(engine="transformers")
     batch = largest_batch(shape, recipe_of(), given_)
     assert batch > 1
     assert rollout_memory(shape, recipe_of(**{"rollout.batch_size": batch}), given_).gpus == 1
     assert rollout_memory(shape, recipe_of(**{"rollout.batch_size": batch + 1}), given_).gpus is None
-    assert largest_batch(shape, recipe_of(), Assumptions(gpu_memory=16)) == 0
+    assert largest_batch(shape, recipe_of(), Assumptions(gpu_memory=16, engine="transformers")) == 0
 
 
 def test_a_teacher_that_is_too_large_is_divided_by_vllm_alone() -> None:
-    shape, small = shape_of("Qwen3-8B"), Assumptions(gpu_memory=20)
+    shape, small = shape_of("Qwen3-8B"), Assumptions(gpu_memory=20, engine="transformers")
     assert score_memory(shape, recipe_of(), small).gpus is None
     assert score_memory(shape, recipe_of(), Assumptions(gpu_memory=20, engine="vllm")).gpus == 2
 
@@ -391,7 +391,7 @@ def test_the_paper_s_recipes_are_planned_without_torch_and_network(name: str) ->
 
 
 def test_the_tables_name_every_assumption_and_what_does_not_fit() -> None:
-    done = plan("recipes/medical-8b.toml", "--gpu-hours", "224")
+    done = plan("recipes/medical-8b.toml", "--gpu-hours", "224", "--engine", "transformers")
     assert done.returncode == 0, done.stderr
     for option in ("gpu-memory", "peak", "bandwidth", "peak-share", "bandwidth-share", "reserve", "dtype", "engine"):
         assert f"(--{option})" in done.stdout
