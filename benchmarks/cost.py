@@ -6,7 +6,7 @@ The curves: random Qwen3 models of one shape; one of batch, length and vocabular
 response has the full length. Rollout, teacher (its top 8) and update (top-k signal, every sample) are those of a recovery.
 Every point is a fresh process of one thread. Seconds are its processor time. Peak memory is its largest resident set (VmHWM,
 set back before each part, when what is free has gone back to the system) above what was resident before: models and optimiser
-state. It is taken in an update of its own, in which large blocks go back as soon as they are free. Linux with glibc.
+state. It is taken in a process of its own, in which large blocks go back as soon as they are free. Linux with glibc.
 
 The loss: forward and backward pass at vocabulary 151,936, hidden width 1,024 and 8,192 tokens, beside the float32 logits that
 it never holds. Its peak is the sum of the live tensors' storage after every operation, without inputs and returned gradients.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -91,14 +92,6 @@ def resident() -> int:
     return memory("VmRSS")
 
 
-def give_back_at_once() -> None:
-    """From now on every block of a MiB is the system's again when it is freed (mallopt(3), M_MMAP_THRESHOLD).
-
-    Else glibc keeps large blocks in a heap that falls to pieces: at 151,936 tokens of vocabulary gigabytes that nobody uses.
-    """
-    ctypes.CDLL(None).mallopt(-3, MIB)
-
-
 def measured(work: Callable[..., Any], *arguments: Any, above: int) -> tuple[Any, tuple[float, float]]:
     """What the work returns, and its processor seconds and peak memory above so many bytes, MiB."""
     resident()
@@ -118,8 +111,7 @@ def make_model(vocabulary: int, seed: int) -> PreTrainedModel:
 
 
 def one_update(point: Point, seed: int, repeats: int) -> Costs:
-    """Seconds of the parts of an update, the median of some after one to warm up that also makes the optimiser's moments; and
-    their memory, in one more that gives back at once what it frees, which takes time."""
+    """Medians of the parts of an update, after one to warm up that also makes the optimiser's moments."""
     torch.set_num_threads(1)
     recipe = load_recipe("micro", {"method": "alternating", "score.signal": "topk", "score.top_k": TOP_K})
     limits = {"vocab_size": point.vocabulary, "batch_size": 256, "batch_tokens": recipe.score.batch_tokens}
@@ -146,9 +138,7 @@ def one_update(point: Point, seed: int, repeats: int) -> Costs:
         update(student, optimizer, rows, recipe=recipe, vocab_size=point.vocabulary)
 
     spent = defaultdict(list)
-    for step in range(repeats + 2):
-        if step == repeats + 1:
-            give_back_at_once()
+    for step in range(repeats + 1):
         optimizer.zero_grad(set_to_none=True)
         before = resident()
         rows, rollout_cost = measured(rollout, step, above=before)
@@ -156,7 +146,10 @@ def one_update(point: Point, seed: int, repeats: int) -> Costs:
         _, update_cost = measured(train, rows, above=before)
         for part, cost in zip(PARTS, (rollout_cost, teacher_cost, update_cost), strict=True):
             spent[part].append(cost)
-    return {part: (statistics.median(c[0] for c in costs[1:-1]), costs[-1][1]) for part, costs in spent.items()}
+    return {
+        part: (statistics.median(c[0] for c in costs[1:]), statistics.median(c[1] for c in costs[1:]))
+        for part, costs in spent.items()
+    }
 
 
 class LiveStorage(TorchDispatchMode):
@@ -197,6 +190,13 @@ def loss_peak(signal_name: str, logits_mib: int) -> float:
     assert hidden_TD.grad is not None
     assert weight_VD.grad is not None
     return (live.peak - hidden_TD.grad.nbytes - weight_VD.grad.nbytes) / MIB
+
+
+def measured_everywhere(points: Sequence[Point], seed: int, repeats: int) -> dict[Point, Costs]:
+    """``one_update`` of each point, in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        found = [pool.submit(one_update, point, seed, repeats) for point in points]
+        return {point: future.result() for point, future in zip(points, found, strict=True)}
 
 
 # --- Shown ------------------------------------------------------------------------------------------------------------------
@@ -255,9 +255,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="updates of each point after the first")
     arguments = parser.parse_args()
     everywhere = list(dict.fromkeys(point for axis in AXES for point in points(axis)))
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        found = [pool.submit(one_update, point, arguments.seed, arguments.repeats) for point in everywhere]
-        costs = {point: future.result() for point, future in zip(everywhere, found, strict=True)}
+    seconds = measured_everywhere(everywhere, arguments.seed, arguments.repeats)
+    # Else glibc keeps large blocks in a heap that falls to pieces: with a large vocabulary gigabytes that nobody uses.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MIB)
+    peaks = measured_everywhere(everywhere, arguments.seed, 1)
+    costs = {p: {part: (seconds[p][part][0], peaks[p][part][1]) for part in PARTS} for p in everywhere}
     plot(costs)
     base = Point()
     text = "\n\n".join(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from camopd import rollout, score, select
+from camopd import score
 from camopd.engines import Engine, Sample, Scores, TokenIds
 from camopd.engines import transformers as engine
 from camopd.engines.transformers import load_model
@@ -30,7 +30,6 @@ from camopd.presets import Preset, TokenRule, Tokens, log_ratio, presets
 from camopd.recover import Session
 from camopd.schedule import Schedule
 from camopd.store import Store
-from camopd.train import selected_rows
 from camopd.update import make_optimizer, update
 
 Row = dict[str, Any]
@@ -181,17 +180,6 @@ class Exploring:
         return self.student.score(*parts, **options)
 
 
-def collect(session: Session) -> tuple[list[Row], list[Row]]:
-    """The first half of ``Session.step``: what was sampled, and what of it is scored."""
-    active = session.trainer.schedule.active
-    batch = rollout.requests(session.plan, session.trainer.schedule, 1, session.tables.num_teacher_prompts)
-    session.tables.fill(batch)
-    rollout.sample_rows(session._samplers, batch, session.plan)
-    own = {name: [row for row in batch if row["branch"] == name] for name in active}
-    scored = [row for name in active for row in score.score_rows(session._teachers[name], own[name], session.plan)]
-    return batch, selected_rows(batch, scored, select.select_rows(batch, scored, session.plan))[session.trainer.schedule.step]
-
-
 class Explorers(WithRule):
     """One answer at T = 1, others at T = 1.5 (UCMOPD): these stay if their mean positive advantage is the first's or more."""
 
@@ -202,7 +190,7 @@ class Explorers(WithRule):
         self._samplers = dict.fromkeys(self._samplers, Exploring(student, self._answers))
 
     def step(self) -> Step:
-        batch, rows = collect(self)
+        batch, rows = self.collect()
         best = {row["prompt_id"]: mean_gain(row) for row in rows if row["sample_index"] % self._answers == 0}
         for row in rows:
             anchor = row["sample_index"] % self._answers == 0
@@ -312,7 +300,7 @@ class TwoUpdates(Session):
     """Each batch is used for two updates."""
 
     def step(self) -> Step:
-        batch, rows = collect(self)
+        batch, rows = self.collect()
         record = self.trainer.step(batch, rows)
         trainer, kept = self.trainer, [row for row in rows if row["kept"]]
         update(trainer.student, trainer.optimizer, kept, recipe=self.plan.recipe, vocab_size=self.plan.vocab_size)
@@ -347,7 +335,7 @@ class PromptTokens(Session):
     """The prompts' own tokens are distilled, too: no rollout is needed for them."""
 
     def step(self) -> Step:
-        batch, rows = collect(self)
+        batch, rows = self.collect()
         (name,) = self.trainer.schedule.active
         asked = [{**row, "prompt_ids": row["prompt_ids"][:1], "response_ids": row["prompt_ids"][1:]} for row in rows]
         prompts, responses = [row["prompt_ids"] for row in asked], [row["response_ids"] for row in asked]

@@ -126,6 +126,11 @@ class Session:
 
     def step(self) -> tuple[list[rollout.Row], dict[str, Any]]:
         """One iteration of Algorithm 1: sample, score, select, update. Returns what was sampled and the update's record."""
+        batch, rows = self.collect()
+        return batch, self.trainer.step(batch, rows)
+
+    def collect(self) -> tuple[list[rollout.Row], list[dict[str, Any]]]:
+        """Sample, score and select for the next update. Returns what was sampled, and what of it is scored, with ``kept``."""
         active = self.trainer.schedule.active
         batch = rollout.requests(self.plan, self.trainer.schedule, 1, self.tables.num_teacher_prompts)
         self.tables.fill(batch)
@@ -133,7 +138,7 @@ class Session:
         own = {name: [row for row in batch if row["branch"] == name] for name in active}
         scored = [row for name in active for row in score.score_rows(self._teachers[name], own[name], self.plan)]
         chosen = selected_rows(batch, scored, select.select_rows(batch, scored, self.plan))
-        return batch, self.trainer.step(batch, chosen.get(self.trainer.schedule.step, []))
+        return batch, chosen.get(self.trainer.schedule.step, [])
 
     def round(self, number: int) -> None:
         """The updates of one round, and its checkpoint.
