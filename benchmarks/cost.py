@@ -270,8 +270,8 @@ def main() -> None:
             "memory above what was resident before, each point in a fresh process; how stands at the head of the script.",
             f"Random Qwen3 models of four layers and width 128, prompts of {PROMPT} tokens, the teacher's top {TOP_K}, every "
             f"sample trained on; at the base {base.batch} prompts a step, {base.length} tokens a response, vocabulary "
-            f"{base.vocabulary:,}. Seconds are medians of {arguments.repeats} updates, memory is of one more. The plot is "
-            "docs/images/cost.svg.",
+            f"{base.vocabulary:,}. Seconds are medians of {arguments.repeats} updates, memory is of one.",
+            "![Seconds and peak memory against batch, length and vocabulary](../../docs/images/cost.svg)",
             *(curve_table(axis, costs) for axis in AXES),
             f"The loss alone, forward and backward pass of {TOKENS:,} tokens at vocabulary {VOCABULARY:,} and width {WIDTH:,}, "
             "beyond its inputs and the gradients that it returns: peak, and its share of the float32 logits that it never "
