@@ -349,7 +349,9 @@ def test_the_line_of_a_signal_that_does_not_fit_is_named() -> None:
     ],
 )
 def test_signals_that_fit(parameters: dict) -> None:
-    load_recipe(MINIMAL, parameters)
+    score = load_recipe(MINIMAL, parameters).score
+    assert score.signal == parameters.get("score.signal", "sampled")
+    assert score.top_k_of == parameters.get("score.top_k_of", "teacher")
 
 
 # --- Engines --------------------------------------------------------------------------------------------------------------
@@ -377,7 +379,8 @@ def test_what_vllm_cannot_do_is_refused_with_the_recipe(parameters: dict, place:
 
 def test_vllm_may_sample_and_score_in_stages() -> None:
     for score in ({}, {"score.signal": "topk"}, {"score.top_k_of": "student"}):  # of a signal that has no top k
-        load_recipe(MINIMAL, {"rollout.engine": "vllm", **score})
+        recipe = load_recipe(MINIMAL, {"rollout.engine": "vllm", **score})
+        assert (recipe.rollout.engine, recipe.execution) == ("vllm", "staged")
 
 
 def test_of_vllm_s_settings_the_numbers_it_computes_in_name_the_run() -> None:

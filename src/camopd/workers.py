@@ -162,7 +162,7 @@ def main(folder: Path, rank: int) -> NoReturn:
         _join(folder, rank, task["num_processes"], task["timeout"])
         module, _, name = task["target"].partition(":")
         word = {"value": getattr(import_module(module), name)(**task["arguments"])}
-    except Exception as error:
+    except Exception as error:  # whatever it is, the process that waits has to be told, and says it
         word = {"error": _described(error)}
     written = folder / f"{rank}.part"
     written.write_text(json.dumps(word))

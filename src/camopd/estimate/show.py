@@ -218,17 +218,19 @@ def short(number: float) -> str:
 
 def size(number: float) -> str:
     """``16.4 GB``: powers of ten."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:,.2f} TB"
+    return scaled(number, (" B", " kB", " MB", " GB", " TB"))
 
 
 def count(number: float) -> str:
     """``61.4 M``."""
-    for unit in ("", " k", " M", " G"):
+    return scaled(number, ("", " k", " M", " G", " T"))
+
+
+def scaled(number: float, units: Sequence[str]) -> str:
+    """With the first unit that leaves less than a thousand, each a thousand times the one before; with the last otherwise."""
+    *smaller, largest = units
+    for unit in smaller:
         if number < 1000:
             return f"{number:.3g}{unit}"
         number /= 1000
-    return f"{number:,.2f} T"
+    return f"{number:,.2f}{largest}"
