@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from camopd import plan as layout
 from camopd import workflow
+from camopd.checkpoint import save_checkpoint
 from camopd.config import Recipe, load_recipe
 from camopd.engines.packing import use_packing
 from camopd.engines.transformers import TransformersEngine, load_model, response_hidden
@@ -33,7 +34,6 @@ from camopd.records import write_table
 from camopd.schedule import Schedule
 from camopd.store import Store
 from camopd.student import Student
-from camopd.train import save_checkpoint
 from camopd.update import make_optimizer, rows_loss, update
 
 ROOT = Path(__file__).parents[1]

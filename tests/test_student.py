@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from camopd.checkpoint import OPTIMIZER, STATE
 from camopd.config import Train
 from camopd.engines.transformers import load_model
 from camopd.errors import InputError, UnhealthyRunError
 from camopd.student import Student
-from camopd.train import OPTIMIZER, STATE
 from camopd.update import make_optimizer, rows_loss, update
 from camopd.workers import run_workers
 from tests.in_workers import STEPS, kinds_of_numbers, make_plan, make_step, rounds

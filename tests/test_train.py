@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from camopd.checkpoint import STEPS, is_companion, load_state, save_checkpoint
 from camopd.config import Branch, Recipe
 from camopd.engines.transformers import TransformersEngine
 from camopd.errors import StoreError, UnhealthyRunError
@@ -16,13 +17,9 @@ from camopd.schedule import Schedule
 from camopd.store import Store
 from camopd.student import Student
 from camopd.train import (
-    STEPS,
     Trainer,
     check_fresh,
     headline,
-    is_companion,
-    load_state,
-    save_checkpoint,
     selected_rows,
 )
 from camopd.update import batch_numbers, make_optimizer, update
