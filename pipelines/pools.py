@@ -14,7 +14,6 @@ from kfp import dsl, kubernetes
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from camopd.errors import InputError, Problem
-from components import IMAGE
 
 _QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 
@@ -35,7 +34,7 @@ class Toleration(_Table):
 class Pool(_Table):
     """What a task of this pool asks for."""
 
-    image: str = Field(default=IMAGE, min_length=1, description="Image that holds the package.")
+    image: str | None = Field(default=None, min_length=1, description="Image of all its tasks; none: what each one names.")
     accelerator: str | None = Field(default=None, min_length=1, description="Resource name, such as nvidia.com/gpu.")
     count: int = Field(default=0, ge=0, description="Accelerators of one pod.")
     cpu: str | None = Field(default=None, pattern=_QUANTITY, description="Cores requested.")
@@ -59,7 +58,8 @@ class Pool(_Table):
     def place(self, task: dsl.PipelineTask) -> dsl.PipelineTask:
         """Ask for this pool's machines, and never let KFP's cache answer: it looks at URIs, not at what is behind them."""
         task.set_caching_options(False)
-        task.set_container_image(self.image)
+        if self.image:
+            task.set_container_image(self.image)
         if self.accelerator:
             task.set_accelerator_type(self.accelerator).set_accelerator_limit(self.count)
         if self.cpu:
