@@ -117,11 +117,14 @@ def docker_runner(folders: Folders) -> Iterator[local.DockerRunner]:
     from kfp.local import docker_task_handler
 
     def run(client: DockerClient, image: str, command: Sequence[str], volumes: Mapping[str, Any], **arguments: Any) -> int:
+        for path in volumes:  # else the engine makes it, for root alone
+            Path(path).mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
         arguments["environment"] = environment | arguments.get("environment", {})
         return run_container(client, image, command, volumes={**volumes, **folders.volumes()}, **arguments)
 
     docker_task_handler.run_docker_container = run
+    os.umask(0o002)  # folders made here are written by the group of the containers' user
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raised where it waits, so that the container is removed
     with service():
         clean_up(docker.from_env(), folders)
