@@ -65,9 +65,21 @@ def folders_of(recipe: Recipe, source: str, tracking_uri: str, folder: Path) -> 
     places += [place for branch in recipe.branches for place in (branch.teacher, branch.prompts)]
     read = {str(Path(place).resolve()) for place in places if place and not is_s3(place) and Path(place).exists()}
     write = [str(folder.resolve())] + ([] if is_s3(recipe.output) else [recipe.output])
-    if tracking_uri.startswith("sqlite:///"):
-        write.append(str(Path(tracking_uri.removeprefix("sqlite:///")).resolve().parent))
+    if database := _database(tracking_uri):
+        write.append(str(database.parent))
     return Folders(tuple(sorted(read)), tuple(dict.fromkeys(write)))
+
+
+def _database(tracking_uri: str) -> Path | None:
+    """The file of a sqlite URI."""
+    path = tracking_uri.removeprefix("sqlite:///")
+    return None if path == tracking_uri else Path(path).resolve()
+
+
+def share_database(tracking_uri: str) -> None:
+    """Let our group write MLflow's sqlite file, which sqlite makes for its owner alone, whatever the umask."""
+    if database := _database(tracking_uri):
+        database.chmod(0o664)
 
 
 def absolute_form(recipe: str, form: Mapping[str, str | bool]) -> tuple[str, dict[str, str | bool]]:

@@ -31,7 +31,7 @@ from camopd.plan import Plan
 from camopd.recipe.parameters import FORM_FIELDS, ROLE_FIELDS, did_you_mean
 from camopd.store import Store, digest
 from pipelines.board import Board, Tail, clock
-from pipelines.containers import Folders, absolute_form, folders_of
+from pipelines.containers import Folders, absolute_form, folders_of, share_database
 
 CACHE = Path(".cache/pipeline")
 LOG = "pipeline.log"
@@ -80,6 +80,8 @@ def run_pipeline(
         finally:
             if process.poll() is None:  # interrupted: the stages are its children and go with it
                 os.killpg(process.pid, signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=10)  # a container takes a second to be removed
     return process.returncode == 0
 
 
@@ -162,7 +164,10 @@ def recover(recipe: str, assignments: Sequence[str], console: Console, *, contai
     if result is not None:
         console.print("Everything was done already; nothing was run.")
     else:
-        seen = folders_of(plan.recipe, recipe, tracking_uri, folder) if containers else None
+        seen = None
+        if containers:
+            seen = folders_of(plan.recipe, recipe, tracking_uri, folder)
+            share_database(tracking_uri)
         if not run_pipeline({"input_recipe": recipe, **parameters}, folder, Board(plan.recipe.num_rounds), console, seen):
             show_failure(folder / LOG, plan, store, console)
             raise typer.Exit(1)

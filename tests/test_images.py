@@ -166,7 +166,7 @@ def test_the_build_takes_packages_from_where_this_machine_does(tmp_path):
     settings = pip_settings(listing)
     assert settings.keys() == {"cert", "extra-index-url", "find-links"}
     assert settings["cert"] == "/etc/ssl/certs/ours.crt", "the environment goes before files"
-    assert local_paths(settings) == [str(tmp_path)], "what a file:// index lists lies beside it; what is not there is not mounted"
+    assert local_paths(settings) == [str(tmp_path)], "a file:// index needs the folder above it"
 
 
 def test_lightweight_components_need_a_shell_and_python_only():
