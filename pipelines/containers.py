@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PASSED = ("AWS_", "CAMOPD_PROGRESS", "MLFLOW_", "OMP_NUM_THREADS")  # beginnings of what stages read of the environment
 LABEL = "camopd.folder"
+NOT_STARTED = 125
 # Root in group 0, as OpenShift's pods are members of it; another user keeps his numbers, so that his files are his.
 USER = f"{os.getuid()}:{os.getgid()}" if os.getuid() else "1234567:0"
 CONTAINERS_CONF = Path(__file__).parents[1] / "images/containers.conf"
@@ -154,20 +155,23 @@ def docker_runner(folders: Folders) -> Iterator[local.DockerRunner]:
 def run_container(client: DockerClient, image: str, command: Sequence[str], **arguments: Any) -> int:
     """Run a container to its end, with its messages on our standard output, and return its exit code.
 
-    Raises:
-        CamopdError: the image is not on this machine.
+    125, as from the command line, when it could not be started; the reason is then the message.
     """
-    from docker.errors import ImageNotFound
+    from docker.errors import APIError, ImageNotFound
 
     try:
         container = client.containers.create(image, command, **arguments)
     except ImageNotFound:
-        raise CamopdError(f"there is no image {image} on this machine: `make images` builds it") from None
+        print(f"There is no image {image} on this machine: `make images` builds it.")
+        return NOT_STARTED
     try:
         container.start()
         for part in container.logs(stream=True, follow=True):
             print(part.decode(errors="replace"), end="", flush=True)
         return int(container.wait()["StatusCode"])
+    except APIError as error:
+        print(f"The container of {image} does not run: {error.explanation}")
+        return NOT_STARTED
     finally:
         container.remove(force=True)
 

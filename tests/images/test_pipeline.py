@@ -11,7 +11,6 @@ import docker
 import pytest
 from kfp import compiler, dsl
 
-from camopd.errors import CamopdError
 from components import CORE, component
 from pipelines.containers import LABEL, Folders, run_container, service
 from pipelines.local import log_folder
@@ -94,10 +93,14 @@ def test_a_container_that_ends_with_an_error_fails_the_run(anyone):
         run_compiled({}, root=anyone / "kfp", compiled=compiled, containers=Folders(read=(), write=(str(anyone),)))
 
 
-def test_exit_codes_and_words_arrive():
+def test_exit_codes_and_words_arrive(capsys):
     with service():
         client = docker.from_env()
         for code in (0, 3):
-            assert run_container(client, CORE, ["sh", "-c", f"exit {code}"], network_mode="host") == code
-        with pytest.raises(CamopdError, match=r"no image nowhere/none:1 .*`make images`"):
-            run_container(client, "nowhere/none:1", ["true"])
+            assert run_container(client, CORE, ["sh", "-c", f"echo last words; exit {code}"], network_mode="host") == code
+        assert capsys.readouterr().out == "last words\n" * 2
+        assert run_container(client, "nowhere/none:1", ["true"]) == 125
+        assert run_container(client, CORE, ["no-such-program"], network_mode="host") == 125
+    missing, unstarted = capsys.readouterr().out.splitlines()
+    assert "no image nowhere/none:1 on this machine: `make images` builds it" in missing
+    assert "no-such-program" in unstarted
