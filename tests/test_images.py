@@ -82,7 +82,7 @@ def test_whatever_is_written_is_written_below_tmp(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_change_in_the_source_comes_after_all_that_is_large(name):
     stages = "\n".join(f"{word} {rest}" for word, rest in instructions(name)).split("FROM ")
-    packages, package, last = stages[1:]
+    _, packages, package, last = stages[1:]
     assert "COPY src" not in packages
     assert "COPY src" in package
     copied = re.findall(r"COPY (.*)", last)
