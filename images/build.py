@@ -116,9 +116,8 @@ def build(name: str, base: str, *, variant: str, engine: str) -> None:
     listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout
     settings = pip_settings(listing)
     base_name, _, digest = base.partition("@")
-    arguments = {"BASE": base, "BASE_NAME": base_name, "BASE_DIGEST": digest, "VERSION": __version__, "REVISION": revision()}
-    if name != "core":
-        arguments["VARIANT"] = variant
+    labels = {"version": __version__, "revision": revision(), "base.name": base_name, "base.digest": digest}
+    arguments = {"BASE": base} if name == "core" else {"BASE": base, "VARIANT": variant}
     with tempfile.NamedTemporaryFile("w", suffix=".conf") as conf:
         conf.write("[global]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items()))
         conf.flush()
@@ -127,6 +126,7 @@ def build(name: str, base: str, *, variant: str, engine: str) -> None:
         if engine == "podman":  # Docker's builder sees no folder of this machine: there, an index must be a URL
             command += [f"--volume={path}:{path}:ro" for path in local_paths(settings)]
         command += [f"--build-arg={key}={value}" for key, value in arguments.items()]
+        command += [f"--label=org.opencontainers.image.{key}={value}" for key, value in labels.items()]
         subprocess.run([*command, "."], cwd=ROOT, env=engine_environment(engine), stdout=sys.stderr, check=True)
 
 

@@ -93,7 +93,7 @@ def test_a_change_in_the_source_comes_after_all_that_is_large(name):
 def test_labels_say_what_it_is(name):
     (labels,) = values(name, "LABEL")
     keys = re.findall(r"org\.opencontainers\.image\.([a-z.]+)=", labels)
-    assert sorted(keys) == ["base.digest", "base.name", "licenses", "revision", "source", "title", "version"]
+    assert sorted(keys) == ["licenses", "source", "title"], "the others are known when it is built"
     assert f'title="camopd {name}"' in labels
 
 
