@@ -1,7 +1,8 @@
 """The lock of each image: ``python -m images.lock`` writes ``images/<image>/requirements*.txt`` again, without the network.
 
 No resolver runs. constraints.txt and requirements-vllm.txt hold versions that were resolved and tested, and the packages
-installed here say who needs whom: an image gets what its stages need, at the versions that the tests ran with.
+installed here say who needs whom: an image gets what its stages need, at the versions that the tests ran with. What CUDA's
+builds of torch and vLLM need is in images/*-cuda.txt, which say how pip resolved them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ EVALUATION = ("camopd[eval]", "mlflow-skinny", "sqlalchemy", "alembic")
 TESTS_ONLY = {"hypothesis", "iniconfig", "pluggy", "pytest", "sortedcontainers"}
 # What the two files leave to the environment, and where vLLM's choice is too new for MLflow (cachetools < 8).
 BESIDE = {"setuptools": "setuptools==84.2.1"}
-INFERENCE_FIRST = {"torch": "torch==2.13.0+cpu", "kfp": "kfp==2.17.3", "cachetools": "cachetools==7.3.3"}
+INFERENCE_FIRST = {"kfp": "kfp==2.17.3", "cachetools": "cachetools==7.3.3"}
 
 
 def pins(path: Path) -> dict[str, str]:
@@ -68,22 +69,35 @@ def locked(names: Iterable[str], versions: Mapping[str, str]) -> str:
 def locks() -> dict[Path, str]:
     """Each lock's path below the checkout and what it must hold."""
     tested = pins(ROOT / "constraints.txt") | BESIDE
-    tested["torch"] += "+cpu"
-    vllm = {name: line for name, line in pins(ROOT / "requirements-vllm.txt").items() if name not in TESTS_ONLY}
-    inference = tested | vllm | INFERENCE_FIRST
-    source, both = "constraints.txt", "requirements-vllm.txt and constraints.txt"
+    cpu = {"torch": tested["torch"] + "+cpu"}
+    cuda, vllm_cuda = pins(ROOT / "images/torch-cuda.txt"), pins(ROOT / "images/vllm-cuda.txt")
+    vllm = {name: line for name, line in pins(ROOT / "requirements-vllm.txt").items() if name not in TESTS_ONLY} | cpu
+    one, two = "constraints.txt", "requirements-vllm.txt and constraints.txt"
     texts = {
-        "core/requirements.txt": ("No torch.", source, locked(closure(CORE), tested)),
-        "trainer/requirements-cpu.txt": ("torch for CPUs.", source, locked(closure(TRAINER), tested)),
-        "inference/requirements-cpu.txt": (
-            "vLLM for CPUs, and what evaluation needs.",
-            both,
-            locked(closure(EVALUATION) | vllm.keys() | INFERENCE_FIRST.keys(), inference),
+        "core/requirements": ("No torch.", one, locked(closure(CORE), tested)),
+        "trainer/requirements-cpu": ("torch for CPUs.", one, locked(closure(TRAINER), tested | cpu)),
+        "trainer/requirements-cuda": (
+            "torch for CUDA.",
+            f"torch-cuda.txt and {one}",
+            locked(closure(TRAINER) | cuda.keys(), tested | cuda),
+        ),
+        "inference/requirements-cpu": ("vLLM for CPUs, and what evaluation needs.", two, _beside(vllm, tested)),
+        "inference/requirements-cuda": (
+            "vLLM for CUDA, and what evaluation needs.",
+            f"vllm-cuda.txt and {one}",
+            _beside(vllm_cuda, tested),
         ),
     }
     return {
-        Path("images", name): HEAD.format(what=what, source=source) + lines for name, (what, source, lines) in texts.items()
+        Path("images", f"{name}.txt"): HEAD.format(what=what, source=source) + lines
+        for name, (what, source, lines) in texts.items()
     }
+
+
+def _beside(vllm: Mapping[str, str], tested: Mapping[str, str]) -> str:
+    """vLLM's environment and what evaluation needs beside it; where both name a package, vLLM's version."""
+    names = closure(EVALUATION) | vllm.keys() | INFERENCE_FIRST.keys()
+    return locked(names, {**tested, **vllm, **INFERENCE_FIRST})
 
 
 if __name__ == "__main__":

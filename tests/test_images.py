@@ -150,6 +150,15 @@ def test_the_core_has_no_torch_and_the_trainer_has_all_of_the_core():
     assert {"torch", "peft", "accelerate", "matplotlib"} <= trainer.keys() - core.keys()
 
 
+def test_the_cuda_locks_differ_by_what_cuda_brings():
+    cpu, cuda = (pins(Path(f"images/trainer/requirements-{variant}.txt")) for variant in ("cpu", "cuda"))
+    assert {name for name in cpu if cpu[name] != cuda[name]} == {"torch"}
+    assert all(name.startswith(("cuda-", "nvidia-", "triton")) for name in cuda.keys() - cpu.keys())
+    inference = pins(Path("images/inference/requirements-cuda.txt"))
+    assert inference["torch"] == cuda["torch"]
+    assert {"vllm", "flashinfer-python", "lm-eval", "nvidia-nccl-cu13"} <= inference.keys()
+
+
 def test_components_run_with_the_kfp_that_compiled_them():
     assert {pins(path)["kfp"] for path in LOCKS} == {pins(Path("constraints.txt"))["kfp"]}
 
