@@ -1,8 +1,11 @@
 """Logs, waiting, faults of the connection and refusals, against a server that does what Kubernetes does."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import yaml
 
 from camopd.errors import ClusterError
 from camopd.trainjob import cluster, follow, job_name
@@ -163,3 +166,14 @@ def test_without_any_way_to_kubernetes_the_sentence_says_where_to_run(api, train
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with pytest.raises(ClusterError, match=r"no way to Kubernetes: .*inside a cluster, or with a kubeconfig"):
         train()
+
+
+def test_the_role_of_the_docs_holds_the_rights_that_are_used_and_no_other(api, train, round_uri, monkeypatch):
+    monkeypatch.setattr(follow, "PENDING", 0.0)
+    end = [lambda: finishing(api, round_uri)(api.jobs[job_name(round_uri)])]
+    api.looks = [lambda: None] * 3 + end
+    train()
+    blocks = re.findall(r"(?s)```yaml\n(.*?)```", Path("docs/scale.md").read_text(encoding="utf-8"))
+    (role,) = (found for found in map(yaml.safe_load, blocks) if found["kind"] == "Role")
+    given = {(verb, resource) for rule in role["rules"] for verb in rule["verbs"] for resource in rule["resources"]}
+    assert set(api.asked) == given
