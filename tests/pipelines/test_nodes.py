@@ -5,6 +5,7 @@ import pytest
 from pipelines.compile import compile_pipeline
 from pipelines.runner import run_compiled
 from tests.fixtures.torchrun_nodes import nodes_for
+from tests.integration.runs import weights
 
 pytestmark = [
     pytest.mark.slow,
@@ -18,15 +19,15 @@ env = { OMP_NUM_THREADS = "1" }
 """
 
 
-def test_the_compiled_pipeline_trains_on_two_nodes(small_recipe, api, tmp_path):
-    """By KFP's local runner: the job's description goes through the compiled file and KFP's executor."""
-    pools = tmp_path / "pools.toml"
-    pools.write_text('[training]\nnodes = 2\nruntime = "torch-distributed"\nenv = { OMP_NUM_THREADS = "1" }\n')
-    compile_pipeline(tmp_path / "recovery.yaml", pools)
+def test_the_compiled_pipeline_trains_on_two_nodes(small_recipe, kubernetes, mlflow_sqlite, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_sqlite)
+    (tmp_path / "pools.toml").write_text(POOLS)
+    compile_pipeline(tmp_path / "recovery.yaml", tmp_path / "pools.toml")
     form = {"input_recipe": str(small_recipe), "output_uri": str(tmp_path / "runs"), "method_num_rounds": "2"}
-    with nodes_for(api):
+    with nodes_for(kubernetes):
         run_compiled({**form, "output_promote": False}, root=tmp_path / "kfp", compiled=tmp_path / "recovery.yaml")
-    assert api.asked.count(("create", "trainjobs")) == 2, "one a round"
+    assert kubernetes.asked.count(("create", "trainjobs")) == 2, "one a round"
+    assert kubernetes.jobs == {}
     (folder,) = (tmp_path / "runs").glob("graph-*")
-    assert len(list(folder.glob("rounds/*/train/manifest.json"))) == 2
-    assert api.jobs == {}
+    assert len(weights(str(folder))) == 2
+    assert "finished" in next(tmp_path.glob("kfp/*/report-outcome/outcome")).read_text(encoding="utf-8")

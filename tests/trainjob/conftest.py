@@ -1,6 +1,6 @@
 """A server, a round to train, and the function under test with looks in quick succession."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,16 +9,13 @@ from camopd import plan as layout
 from camopd.store import Store
 from camopd.trainjob import JobSpec, follow, launch_and_follow
 from tests.finished import make_plan
-from tests.fixtures.kubernetes_api import Api, kubernetes_api
+from tests.fixtures.kubernetes_api import Api
 from tests.trainjob.jobs import SPEC
 
 
 @pytest.fixture
-def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
-    with kubernetes_api(tmp_path) as server:
-        monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig))
-        monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-        yield server
+def api(kubernetes: Api) -> Api:
+    return kubernetes
 
 
 @pytest.fixture

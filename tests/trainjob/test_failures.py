@@ -102,6 +102,29 @@ def test_an_evicted_pod_says_why(api, train):
         train()
 
 
+def test_a_pod_that_was_taken_away_is_the_cause_and_not_its_neighbour(api, train, round_uri):
+    """A spot node goes; what is left of the other process is a fault of the connection."""
+    taken = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler", "message": "preempting"}
+    make = failing(api, {"exitCode": 1}, {"exitCode": 143}, condition=False)
+
+    def preempt(job):
+        make(job)
+        api.pods[pods_of(api)[1]]["status"]["conditions"] = [taken]
+        leave_word(round_uri, type="WorkerError", message="process 1 of 2 failed: DistBackendError", rank=0)
+
+    api.on_create = preempt
+    with pytest.raises(WorkerError, match=r"DistBackendError; node 1 of 2 ended with PreemptionByScheduler \(preempting\)"):
+        train()
+
+
+def test_memory_that_ran_out_counts_before_what_the_neighbour_met(api, train, round_uri):
+    make = failing(api, {"exitCode": 1}, {"exitCode": 137, "reason": "OOMKilled"})
+    record = {"type": "WorkerError", "message": "process 1 of 2 failed: DistBackendError", "rank": 0}
+    api.on_create = lambda job: (leave_word(round_uri, **record), make(job))
+    with pytest.raises(WorkerError, match=KILLED):
+        train()
+
+
 def test_a_job_out_of_time_names_the_setting(api, train):
     api.on_create = lambda job: api.end(job["metadata"]["name"], "Failed", "DeadlineExceeded", "exceeded its active deadline")
     with pytest.raises(WorkerError, match=r"longer than training.timeout_minutes = 30 .* raise it"):

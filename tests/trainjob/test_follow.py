@@ -168,6 +168,13 @@ def test_without_any_way_to_kubernetes_the_sentence_says_where_to_run(api, train
         train()
 
 
+def test_in_a_pod_without_a_service_account_the_sentence_says_so(train, monkeypatch):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
+    with pytest.raises(ClusterError, match=r"no way to Kubernetes: Service token file does not exist"):
+        train()
+
+
 def test_the_role_of_the_docs_holds_the_rights_that_are_used_and_no_other(api, train, round_uri, monkeypatch):
     monkeypatch.setattr(follow, "PENDING", 0.0)
     end = [lambda: finishing(api, round_uri)(api.jobs[job_name(round_uri)])]

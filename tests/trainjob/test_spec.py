@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -109,6 +111,11 @@ def test_what_is_not_asked_for_is_not_there():
 
 def test_the_description_survives_the_compiled_file():
     assert JobSpec.model_validate_json(FULL.model_dump_json(exclude_defaults=True)) == FULL
+
+
+def test_kubernetes_client_is_loaded_by_those_who_ask_a_cluster_alone():
+    code = "import sys, camopd.workflow, camopd.trainjob; sys.exit('kubernetes' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # --- Its name -------------------------------------------------------------------------------------------------------------

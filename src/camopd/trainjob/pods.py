@@ -41,9 +41,9 @@ class Death:
     time: str = ""
 
 
-def condition(job: Object, kind: str) -> Mapping[str, str]:
-    """The job's condition of that kind when it is true, else nothing."""
-    conditions = job.get("status", {}).get("conditions", [])
+def condition(thing: Object, kind: str) -> Mapping[str, str]:
+    """The job's or pod's condition of that kind when it is true, else nothing."""
+    conditions = thing.get("status", {}).get("conditions", [])
     return next((each for each in conditions if each["type"] == kind and each["status"] == "True"), {})
 
 
@@ -70,8 +70,11 @@ def deaths(pods: Iterable[Object]) -> dict[tuple[str, int], Death]:
                 found[uid, start] = Death(
                     node, end["exitCode"], end.get("reason", ""), end.get("message", ""), end.get("finishedAt") or ""
                 )
-        if pod["status"].get("phase") == "Failed" and pod["status"].get("reason"):
-            found[uid, -1] = Death(node, None, pod["status"]["reason"], pod["status"].get("message", ""))
+        told = condition(pod, "DisruptionTarget")  # preempted, drained, or its node is gone
+        if not told and pod["status"].get("phase") == "Failed":
+            told = pod["status"]
+        if told.get("reason"):
+            found[uid, -1] = Death(node, None, told["reason"], told.get("message", ""))
     return found
 
 
@@ -148,7 +151,7 @@ def cause(
     name: str,
 ) -> CamopdError:
     """What a failure is about. Who loses a neighbour fails as well, so a sentence of ours counts before memory that ran out,
-    and that before any other end; among ends the earliest.
+    that before a pod that was taken away, and that before any other end; among ends the earliest.
 
     Args:
         record: what the training left of itself, ``{"type", "message", "rank"}``; empty where it left nothing.
@@ -159,7 +162,7 @@ def cause(
         name: of the job.
     """
     ours = revived(record)
-    if ours:
+    if ours and not isinstance(ours, WorkerError):  # which may be about a neighbour that is gone
         return ours
     if failed.get("reason") == "DeadlineExceeded":
         what = f"TrainJob {name} took longer than training.timeout_minutes = {spec.timeout_minutes} of the pools file"
@@ -171,17 +174,22 @@ def cause(
                 f"node {death.node} of {spec.nodes} was killed ({how}), as happens where memory runs out: give the training "
                 "pool more memory or nodes, or lower train.batch_tokens"
             )
-    first = min(died, key=lambda death: (death.exit_code == 143, death.time), default=None)  # 143: ended because of another
+    first = min(died, key=_rank, default=None)
     if first is not None:
         for line in logs.tails.get(first.node, ()):
             print(f"[node {first.node}] {line}", file=sys.stderr)
-    told = [f"rank {record['rank']} met {record['type']}"] if record.get("type") else []
+    told = [str(ours)] if ours else [f"rank {record['rank']} met {record['type']}"] if record.get("type") else []
     if first is not None:
         end = f"exit code {first.exit_code}" if first.exit_code is not None else first.reason
         told.append(f"node {first.node} of {spec.nodes} ended with {end}" + (f" ({first.message})" if first.message else ""))
     if failed:
         told.append(f"{failed.get('reason', 'Failed')}: {failed.get('message', '')}")
     return WorkerError(f"TrainJob {name} failed: {'; '.join(told)}; see the log of this step")
+
+
+def _rank(death: Death) -> tuple[bool, bool, str]:
+    """Pods that were taken away first, those that were ended because of another (143 is SIGTERM) last."""
+    return death.exit_code is not None, death.exit_code == 143, death.time
 
 
 def revived(record: Mapping[str, Any]) -> CamopdError | None:
