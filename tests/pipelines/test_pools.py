@@ -57,6 +57,7 @@ def test_every_problem_is_named_at_once(tmp_path):
         (f'{NODES}service_account = "Default Editor"\n', "training.service_account: String should match"),
         (f'{NODES}resources = {{ "rdma/ib" = "some" }}\n', "training.resources.rdma/ib"),
         (f'{NODES}env = {{ PET_NNODES = "2" }}\n', "training.env: PET_NNODES are set by the runtime"),
+        (f'{NODES}env = {{ A = "2" }}\nsecrets = {{ A = "a/b" }}\n', "training: A are in env and in secrets: leave one out"),
         (f'{NODES}env = {{ "A-B" = "2" }}\n', "write the name of a variable"),
         (f'{NODES}env = {{ AWS_SECRET_ACCESS_KEY = "AKIA" }}\n', "training.env: AWS_SECRET_ACCESS_KEY look like secrets"),
         (f'{NODES}secrets = {{ HF_TOKEN = "hf_abc" }}\n', 'write VARIABLE = "secret-name/key"'),
