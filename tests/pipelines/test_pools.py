@@ -1,5 +1,6 @@
 """The pools file: what is wrong with it is said in one go and by name."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,13 @@ secrets = { AWS_SECRET_ACCESS_KEY = "camopd-s3/secret-key" }
         secrets={"AWS_SECRET_ACCESS_KEY": "camopd-s3/secret-key"},
         timeout_minutes=1440,
     )
+
+
+def test_what_the_docs_and_the_example_say_of_several_nodes_is_taken(tmp_path):
+    (block,) = re.findall(r"(?s)```toml\n(\[training\].*?)```", Path("docs/scale.md").read_text(encoding="utf-8"))
+    example = Path("pipelines/pools.example.toml").read_text(encoding="utf-8")
+    for text in (block, re.sub(r"(?m)^# (?=\w+ = )", "", example)):
+        (tmp_path / "pools.toml").write_text(text, encoding="utf-8")
+        training = load_pools(tmp_path / "pools.toml").training
+        assert (training.nodes, training.runtime) == (2, "torch-distributed")
+        assert training.secrets["AWS_ACCESS_KEY_ID"] == "camopd-s3/access-key"
