@@ -120,6 +120,12 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
+def sample_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Groups of indices of at most ``size``, the longest prompts first: little padding, and most memory at once."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def load_engine(
     name: str,
     path: Path,

@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,6 +82,19 @@ class Store:
         self._local = LocalBackend()
         self._s3 = s3
         self._cache = cache or _default_cache()
+        self._seconds_waited = 0.0
+
+    def waited(self) -> float:
+        """Seconds that callers have waited for transfers, until now."""
+        return self._seconds_waited
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds_waited += time.monotonic() - begun
 
     def _backend(self, uri: str) -> Backend:
         if not is_s3(uri):
@@ -183,7 +196,8 @@ class Store:
         Raises StoreError when nothing is there, or when sizes or sha256 differ from the manifest (a download is tried twice).
         """
         if is_s3(uri):
-            return self._fetch_remote(uri)
+            with self._waiting():
+                return self._fetch_remote(uri)
         if not local_path(uri).exists():
             raise MissingError(f"{uri}: there is no such file or folder; check its spelling")
         if self.manifest(uri) is not None and (wrong := self.verify(uri)):
@@ -250,7 +264,7 @@ class Store:
         if done is not None:
             return done
         with scratch(self._cache if is_s3(uri) else local_path(uri).parent) as folder:
-            begun = time.monotonic()
+            begun, waited = time.monotonic(), self.waited()
             metrics = canonical(write(folder))
             files = tuple(FileInfo(name, path.stat().st_size, sha256_file(path)) for name, path in content_of(folder))
             manifest = Manifest(
@@ -261,6 +275,7 @@ class Store:
                 inputs=inputs,
                 metrics=metrics,
                 seconds=round(time.monotonic() - begun, 3),
+                seconds_waited=round(self.waited() - waited, 3),
                 created_at=datetime.now(UTC).isoformat(timespec="seconds"),
                 software={"camopd": __version__, "python": platform.python_version()},
             )
