@@ -18,6 +18,8 @@ from camopd import plan as layout
 from camopd import rounds
 from camopd.config import Recipe, load_recipe
 from camopd.errors import InputError, Problem, UnhealthyRunError
+from camopd.estimate.pods import check_pods
+from camopd.estimate.work import scored_branches
 from camopd.outcome import Recorded
 from camopd.plan import Plan
 from camopd.recipe.parameters import AS_IN_RECIPE
@@ -81,6 +83,7 @@ def prepare(recipe: str, parameters: Mapping[str, Any] | None = None, *, job: st
         loaded = load_recipe(recipe, parameters)
         if job:
             require_stages(loaded)
+            check_pods(loaded, scored_branches(loaded))
         plan = stage.run(loaded, store=store)
         record["run"] = plan.run_uri
     tracker = tracking.tracker_for(plan.recipe.tracking)
