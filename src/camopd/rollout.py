@@ -11,7 +11,7 @@ from typing import Any
 from camopd import plan as layout
 from camopd import propose
 from camopd.config import Recipe
-from camopd.engines import Engine, Sample, load_engine, sample_batches
+from camopd.engines import Engine, Sample, import_engine, load_engine, sample_batches
 from camopd.errors import UnhealthyRunError
 from camopd.plan import Plan
 from camopd.progress import Progress
@@ -199,12 +199,11 @@ def run(round_uri: str, *, shard: Shard | None = None, store: Store | None = Non
     recipe, config, inputs = plan.recipe, sampling_config(plan.recipe), _inputs(plan, number, store)
 
     def write(folder: Path) -> dict[str, Any]:
-        from transformers import AutoTokenizer
-
         set_threads(recipe.num_threads)
         wanted = asked(plan, number, store)
         sampled_by = models(plan, number)
         wanted = wanted if shard is None else share(wanted, shard, recipe, list(sampled_by.values()))
+        turns = [(uri, names, own) for uri, names in sampled_by.items() if (own := [r for r in wanted if r["branch"] in names])]
         progress = Progress(
             "rollout",
             total=len(wanted),
@@ -215,16 +214,14 @@ def run(round_uri: str, *, shard: Shard | None = None, store: Store | None = Non
             waited=store.waited,
         )
         seconds = 0.0
-        for uri, names in sampled_by.items():  # one at a time: a device holds one of them
-            own = [request for request in wanted if request["branch"] in names]
-            if own:
-                with engine_at(plan, uri, store) as engine:
-                    begun = time.monotonic()
-                    sample_rows(dict.fromkeys(names, engine), own, plan, lambda tokens: progress.advance(1, tokens=tokens))
-                    seconds += time.monotonic() - begun
-        tokenizer = AutoTokenizer.from_pretrained(store.fetch(recipe.student), local_files_only=True)
-        for row in wanted:
-            row["text"] = tokenizer.decode(row["response_ids"], skip_special_tokens=True)
+        for turn, (uri, names, own) in enumerate(turns, 1):  # one at a time: a device holds one of them
+            with engine_at(plan, uri, store) as engine:
+                for following, *_ in turns[turn : turn + 1]:
+                    store.prefetch(following)
+                begun = time.monotonic()
+                sample_rows(dict.fromkeys(names, engine), own, plan, lambda tokens: progress.advance(1, tokens=tokens))
+                seconds += time.monotonic() - begun
+        add_text(wanted, store.fetch(recipe.student if recipe.rollout.sampler == "teacher" else plan.student_uri(number)))
         # A share is too small to judge the run by: what is healthy is looked at when all are there.
         numbers = health(wanted, plan, _first(plan, number, store)) if shard is None else {}
         numbers |= write_samples(folder, wanted, plan)
@@ -285,6 +282,20 @@ def share(wanted: Sequence[Row], shard: Shard, recipe: Recipe, by_model: Iterabl
     return [request for request in wanted if key_of(request) in set(own)]
 
 
+def add_text(rows: Sequence[Row], folder: Path) -> None:
+    """Put the text of each response beside its ids.
+
+    Args:
+        rows: the samples.
+        folder: the student, or a checkpoint of it, which has its tokenizer; whichever is here already.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for row in rows:
+        row["text"] = tokenizer.decode(row["response_ids"], skip_special_tokens=True)
+
+
 def write_samples(folder: Path, rows: Sequence[Row], plan: Plan) -> dict[str, Any]:
     """Write the table; how many samples and tokens it holds."""
     write_table(folder / TABLE, "rollouts", rows, {"template_id": plan.template_id})
@@ -321,6 +332,8 @@ def models(plan: Plan, number: int) -> dict[str, list[str]]:
 def engine_at(plan: Plan, uri: str, store: Store) -> Iterator[Engine]:
     """The recipe's engine with the model at ``uri``, closed at the end: what it held on the device is free again."""
     recipe = plan.recipe
+    store.prefetch(uri)
+    import_engine(recipe.rollout.engine)
     engine = load_engine(
         recipe.rollout.engine,
         store.fetch(uri),

@@ -164,5 +164,5 @@ def joined_rates(tokens: int, parts: Iterable[Manifest]) -> dict[str, float]:
 
 
 def waiting_share(seconds: float, waited: float) -> dict[str, float]:
-    """The share of a stage's time in which it waited for the store, as a headline number; nothing of no time."""
+    """The share of a stage's time that it waited for the store, as a headline number; none of no time. Shards bring theirs."""
     return {"waiting_share": round(waited / seconds, 4)} if seconds else {}

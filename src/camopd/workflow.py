@@ -240,12 +240,31 @@ def _tracker(run_uri: str, store: Store) -> Tracker:
 
 def one_round(round_uri: str, *, store: Store | None = None) -> None:
     """Roll out, score every branch, select and train; shards one after another."""
+    store = store or Store()
+    _prefetch(round_uri, store)
     for uri in spread(round_uri, store=store):
         rollout(uri, store=store)
     for uri in gather(round_uri, store=store).score_uris:
         score(uri, store=store)
     select(round_uri, store=store)
     train(round_uri, store=store)
+
+
+def _prefetch(round_uri: str, store: Store) -> None:
+    """Begin to get the round's models, the student first: the teachers come while it samples.
+
+    Not for vLLM, which forks: a lock that a thread holds at that moment would never be free again.
+    """
+    run_uri, number = layout.run_and_round(round_uri)
+    plan = Plan.load(store, run_uri)
+    if plan.recipe.rollout.engine == "transformers":
+        teachers = [
+            plan.teacher_uri(branch)
+            for branch in plan.active_branches(number)
+            if store.manifest(layout.score_uri(round_uri, branch.name)) is None
+        ]
+        for uri in dict.fromkeys((plan.student_uri(number), *teachers)):
+            store.prefetch(uri)
 
 
 def run(recipe: str, parameters: Mapping[str, Any] | None = None, *, store: Store | None = None) -> Done:

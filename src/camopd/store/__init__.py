@@ -11,8 +11,10 @@ import hashlib
 import os
 import platform
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +24,7 @@ from camopd import __version__
 from camopd.errors import MissingError, StoreError
 from camopd.store.local import LocalBackend, content_of, local_path, scratch
 from camopd.store.manifest import MANIFEST, FileInfo, Manifest, canonical, content_id_of, digest, sha256_file
+from camopd.store.prefetch import Prefetcher
 from camopd.store.uris import check_uri, is_s3, join, parent
 
 __all__ = [
@@ -62,11 +65,30 @@ class Backend(Protocol):
     def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Write a small file in one piece; False when it was there and ``if_absent`` was asked for."""
 
-    def download(self, uri: str, path: Path) -> None:
-        """Get a file of any size to a local path."""
+    def download(self, targets: Mapping[str, Path], stop: threading.Event | None = None) -> Generator[str]:
+        """Get files of any size to local paths; names each URI when it is there, in their order, while the others go on.
+
+        Once ``stop`` is set it ends soon, by an error.
+        """
+
+    def sending(self, folder: Path, uri: str) -> AbstractContextManager[Sending]:
+        """Bring files of a folder to the prefix while others are still written. An error or an interruption leaves nothing."""
 
     def publish(self, folder: Path, uri: str) -> bool:
-        """Make the prefix from all files of a folder, its manifest last; they may be moved. False: it was finished already."""
+        """Make the prefix from all files of a folder, which were sent before, its manifest last; they may be moved.
+
+        False: it was finished already, with the same content.
+        """
+
+
+class Sending(Protocol):
+    """Files on their way to a prefix."""
+
+    def add(self, path: Path) -> None:
+        """Send a file that will not change any more; one that was added before is not sent twice."""
+
+    def wait(self) -> bool:
+        """Until all are there. False: nothing was sent, because the prefix was finished already."""
 
 
 class Store:
@@ -83,10 +105,21 @@ class Store:
         self._s3 = s3
         self._cache = cache or _default_cache()
         self._seconds_waited = 0.0
+        self._prefetcher = Prefetcher(self._fetch_remote)
+        self._sending: dict[Path, Sending] = {}
 
     def waited(self) -> float:
         """Seconds that callers have waited for transfers, until now."""
         return self._seconds_waited
+
+    @contextlib.contextmanager
+    def _stopping_prefetches(self) -> Iterator[None]:
+        """Where a stage fails or is interrupted, nobody waits for what it would have needed next."""
+        try:
+            yield
+        except BaseException:
+            self._prefetcher.stop()
+            raise
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -196,44 +229,68 @@ class Store:
         Raises StoreError when nothing is there, or when sizes or sha256 differ from the manifest (a download is tried twice).
         """
         if is_s3(uri):
+            coming = self._prefetcher.take(uri)
             with self._waiting():
-                return self._fetch_remote(uri)
+                return self._fetch_remote(uri) if coming is None else coming.result()
         if not local_path(uri).exists():
             raise MissingError(f"{uri}: there is no such file or folder; check its spelling")
         if self.manifest(uri) is not None and (wrong := self.verify(uri)):
             raise StoreError(f"{uri} is damaged: {'; '.join(wrong)}; remove it to have it made again")
         return local_path(uri)
 
-    def _fetch_remote(self, uri: str) -> Path:
+    def prefetch(self, uri: str) -> None:
+        """Begin to get what will be fetched soon, behind what was named before. Whatever goes wrong is raised by ``fetch``."""
+        if is_s3(uri):
+            self._prefetcher.begin(uri)
+
+    def _fetch_remote(self, uri: str, stop: threading.Event | None = None) -> Path:
         """Copies lie under their content id and are prefixes like others: one without a manifest does not exist."""
         wanted = self._described(uri)
         is_file = wanted.stage == _FILE
-        place = self._cache / content_id_of(wanted.files).removeprefix("sha256:")  # the manifest's own word may be anything
+        place = self._place(wanted.files)  # the manifest's own word may be anything
         if self.manifest(str(place)) is not None and self.verify(str(place)):
             shutil.rmtree(place)  # a cleaner of old files was here
         if self.manifest(str(place)) is None:
             with scratch(self._cache) as folder:
-                for file in wanted.files:
-                    self._download(uri if is_file else join(uri, file.name), file, folder / file.name)
+                self._download({uri if is_file else join(uri, file.name): file for file in wanted.files}, folder, stop)
                 if self._described(uri) != wanted:
                     raise StoreError(f"{uri} changed while it was downloaded; start again when nobody writes there")
                 (folder / MANIFEST).write_text(wanted.to_json(), encoding="utf-8")
                 self._local.publish(folder, str(place))
         return place / wanted.files[0].name if is_file else place
 
-    def _download(self, uri: str, file: FileInfo, target: Path) -> None:
-        """Get one file and compare it with what is known of it; a copy that differs is fetched once more."""
-        if not {"", ".", ".."}.isdisjoint(file.name.split("/")):
-            raise StoreError(f"{uri} cannot be a file below a folder; rename the object")
-        target.parent.mkdir(parents=True, exist_ok=True)
+    def _place(self, files: Sequence[FileInfo]) -> Path:
+        """Where a copy of these files lies in the cache."""
+        return self._cache / content_id_of(files).removeprefix("sha256:")
+
+    def _download(self, files: Mapping[str, FileInfo], folder: Path, stop: threading.Event | None) -> None:
+        """Get files and compare them with what is known of them, each while later ones come; those that differ twice."""
+        for uri, file in files.items():
+            if not {"", ".", ".."}.isdisjoint(file.name.split("/")):
+                raise StoreError(f"{uri} cannot be a file below a folder; rename the object")
+            (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
+        left, found = list(files), ""  # never none: a prefix without files is not there
         for _ in range(2):
-            self._backend(uri).download(uri, target)
-            size = target.stat().st_size
-            if size == file.size and file.sha256 in ("", sha256_file(target)):
+            wrong = []
+            targets = {uri: folder / files[uri].name for uri in left}
+            with contextlib.closing(self._backend(left[0]).download(targets, stop)) as coming:
+                for uri in coming:
+                    file, size = files[uri], targets[uri].stat().st_size
+                    if size == file.size and file.sha256 in ("", sha256_file(targets[uri])):
+                        continue
+                    found = f"{size} bytes, not {file.size}" if size != file.size else "another sha256 than its manifest says"
+                    targets[uri].unlink()
+                    wrong.append(uri)
+            left = wrong
+            if not left:
                 return
-            target.unlink()
-        found = f"{size} bytes, not {file.size}" if size != file.size else "another sha256 than its manifest says"
-        raise StoreError(f"{uri} was downloaded twice and has {found}; have it written again")
+        raise StoreError(f"{left[-1]} was downloaded twice and has {found}; have it written again")
+
+    def send(self, path: Path) -> None:
+        """Let a file of the folder that ``produce`` gave to a stage go up now: it will not change any more."""
+        for folder, sending in self._sending.items():
+            if path.is_relative_to(folder):
+                sending.add(path)
 
     def produce(
         self,
@@ -263,10 +320,19 @@ class Store:
         done = self._finished(uri, stage, config, inputs)
         if done is not None:
             return done
-        with scratch(self._cache if is_s3(uri) else local_path(uri).parent) as folder:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._stopping_prefetches())
+            folder = stack.enter_context(scratch(self._cache if is_s3(uri) else local_path(uri).parent))
+            sending = self._sending[folder] = stack.enter_context(self._backend(uri).sending(folder, uri))
+            stack.callback(self._sending.pop, folder)
             begun, waited = time.monotonic(), self.waited()
             metrics = canonical(write(folder))
+            for _, path in content_of(folder):
+                sending.add(path)
+            # Digests are made while the files go up.
             files = tuple(FileInfo(name, path.stat().st_size, sha256_file(path)) for name, path in content_of(folder))
+            with self._waiting():
+                sent = sending.wait()
             manifest = Manifest(
                 stage=stage,
                 content_id=content_id_of(files),
@@ -280,7 +346,9 @@ class Store:
                 software={"camopd": __version__, "python": platform.python_version()},
             )
             (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-            if self._backend(uri).publish(folder, uri):
+            if sent and self._backend(uri).publish(folder, uri):
+                if is_s3(uri):  # what was made here need not be fetched here
+                    self._local.publish(folder, str(self._place(files)))
                 return manifest
         return self._finished(uri, stage, config, inputs) or self.require(uri)
 
