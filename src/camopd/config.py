@@ -254,11 +254,16 @@ def cautions(recipe: Recipe) -> tuple[str, ...]:
     ]
     unseen = "train.diagnose_every: gradients are not compared where train.num_processes is above 1; 0 says so"
     unused = "train.checkpoint_every: execution colocated saves where a round ends; set steps_per_round, or this to 0"
+    idle = "shards: a round has fewer batches of rollout.batch_size than shards, which work on whole ones: some are idle"
     spread, colocated = recipe.train.num_processes > 1, recipe.execution == "colocated"
+    rollout = recipe.rollout
+    samples = recipe.steps_per_round * rollout.prompts_per_step * rollout.samples_per_prompt
+    batch = rollout.batch_size if rollout.engine == "transformers" else 1
     return (
         *same,
         *[unseen] * (spread and recipe.train.diagnose_every > 0),
         *[unused] * (colocated and recipe.train.checkpoint_every > 0),
+        *[idle] * (recipe.shards > 1 and samples <= (recipe.shards - 1) * batch),
     )
 
 
