@@ -383,6 +383,25 @@ def test_vllm_may_sample_and_score_in_stages() -> None:
         assert (recipe.rollout.engine, recipe.execution) == ("vllm", "staged")
 
 
+@pytest.mark.parametrize(
+    ("parameters", "place", "words"),
+    [
+        ({"rollout.replicas": 0}, "rollout.replicas", "at least 1"),
+        ({"rollout.replicas": 2, "execution": "colocated"}, "recipe (rollout)", "need the stages: `camopd recover` samples"),
+    ],
+)
+def test_replicas_that_cannot_be_are_refused_with_the_recipe(parameters: dict, place: str, words: str) -> None:
+    assert words in problems_of(MINIMAL, parameters)[place]
+
+
+def test_the_number_of_replicas_is_no_part_of_the_run() -> None:
+    def run(**rollout: object) -> str:
+        recipe = Recipe.model_validate(tomllib.loads(MINIMAL) | {"rollout": rollout})
+        return run_id(recipe, {"student": "a", "teacher/general": "b", "teacher/domain": "a"})
+
+    assert run() == run(replicas=8) != run(batch_size=8)
+
+
 def test_of_vllm_s_settings_the_numbers_it_computes_in_name_the_run() -> None:
     def run(**settings: object) -> str:
         values = {"rollout": {"engine": "vllm"}, "vllm": settings}

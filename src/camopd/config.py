@@ -135,6 +135,11 @@ class Recipe(Section):
                 "engine vllm keeps a model of its own, and execution colocated samples from the one in training: use engine "
                 "transformers, or execution staged"
             )
+        if rollout.replicas > 1 and info.data.get("execution") == "colocated":
+            raise ValueError(
+                f"replicas {rollout.replicas} need the stages: `camopd recover` samples from the one model in training; use "
+                "`camopd run`, or set it to 1"
+            )
         return rollout
 
     @field_validator("score")

@@ -88,6 +88,7 @@ def training_config(recipe: Recipe, content_ids: dict[str, str]) -> dict[str, An
         "train",
     }
     config = recipe.model_dump(mode="json", include=shaping)
+    config["rollout"] = recipe.rollout.model_dump(mode="json", exclude=set(recipe.rollout.HOW))
     config["train"] = recipe.train.model_dump(mode="json", exclude=set(recipe.train.HOW))
     if recipe.rollout.engine == "vllm":
         config["vllm"] = {"dtype": recipe.vllm.dtype}

@@ -226,7 +226,8 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
         write_table(folder / "rollouts.parquet", "rollouts", wanted, {"template_id": plan.template_id})
         return numbers | {"num_samples": len(wanted), "tokens": sum(len(row["response_ids"]) for row in wanted)}
 
-    config = recipe.rollout.model_dump(mode="json") | {"seed": recipe.seed, "steps_per_round": recipe.steps_per_round}
+    config = recipe.rollout.model_dump(mode="json", exclude=set(recipe.rollout.HOW))
+    config |= {"seed": recipe.seed, "steps_per_round": recipe.steps_per_round}
     config |= {"cycle": Schedule.of(recipe).cycle, "top_k": recipe.score.top_k if asks_student(recipe) else 0}
     return store.produce(layout.rollout_uri(round_uri), stage="rollout", config=config, inputs=inputs, write=write)
 
@@ -252,6 +253,7 @@ def engine_at(plan: Plan, uri: str, store: Store) -> Iterator[Engine]:
         batch_tokens=recipe.score.batch_tokens,
         max_length=plan.max_prompt_tokens + recipe.rollout.max_new_tokens,
         vllm=recipe.vllm,
+        replicas=recipe.rollout.replicas,
     )
     with closing(engine):
         yield engine

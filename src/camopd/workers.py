@@ -118,7 +118,7 @@ def _cause(folder: Path, codes: Sequence[int | None], first: int) -> CamopdError
     ours = [rank for rank, error in said.items() if "trace" not in error]
     dead = sorted((rank for rank, code in enumerate(codes) if code and rank not in said), key=lambda rank: rank != first)
     if ours:
-        return _revived(said[ours[0]])
+        return revived(said[ours[0]])
     if dead:
         rank = dead[0]
         sys.stderr.write((folder / f"{rank}.log").read_text(errors="replace")[-TAIL:])
@@ -143,7 +143,7 @@ def _answer(folder: Path, rank: int) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _revived(record: Mapping[str, Any]) -> CamopdError:
+def revived(record: Mapping[str, Any]) -> CamopdError:
     """The error that a worker wrote down, in its own class: an unhealthy run must stay one."""
     if record["type"] == InputError.__name__:
         return InputError(Problem(**problem) for problem in record["problems"])
@@ -163,7 +163,7 @@ def main(folder: Path, rank: int) -> NoReturn:
         module, _, name = task["target"].partition(":")
         word = {"value": getattr(import_module(module), name)(**task["arguments"])}
     except Exception as error:  # whatever it is, the process that waits has to be told, and says it
-        word = {"error": _described(error)}
+        word = {"error": described(error)}
     written = folder / f"{rank}.part"
     written.write_text(json.dumps(word))
     written.rename(folder / f"{rank}.json")
@@ -193,7 +193,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _described(error: Exception) -> dict[str, Any]:
+def described(error: Exception) -> dict[str, Any]:
+    """What ``revived`` makes an error of again, JSON; with a ``trace`` where it is none of ours."""
     record: dict[str, Any] = {"type": type(error).__name__, "message": str(error), "time": time.time()}
     if isinstance(error, InputError):
         return record | {"problems": [asdict(problem) for problem in error.problems]}

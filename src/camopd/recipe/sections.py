@@ -68,12 +68,15 @@ class Prompts(Section):
 class Rollout(Section):
     """Sampling, always at temperature 1 and top-p 1: on-policy."""
 
+    HOW: ClassVar[frozenset[str]] = frozenset({"replicas"})  # leaves the samples as they are
+
     engine: Literal["transformers", "vllm"] = Field("transformers", description="What samples and scores.")
     sampler: Literal["student", "teacher"] = Field("student", description="Who answers; the teacher does in off-policy KD.")
     prompts_per_step: Int = Field(512, ge=1, description="Prompts of one optimiser step.")
     samples_per_prompt: Int = Field(1, ge=1, description="Responses for each prompt.")
     max_new_tokens: Int = Field(32768, ge=1, description="Longest response, in tokens.")
     batch_size: Int = Field(64, ge=1, description="Sequences decoded together.")
+    replicas: Int = Field(1, ge=1, description="Copies of a model in a pod that share sampling and scoring, each on its GPUs.")
     max_length_growth: Float = Field(8.0, gt=1, description="Mean response length against round 1 that stops the run.")
     max_empty_fraction: Float = Field(0.05, ge=0, le=1, description="Share of empty responses that stops the run.")
 
