@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import accumulate
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -94,10 +94,11 @@ def main(pipe: Connection) -> None:
                 for message in answers(engine, header, arrays):
                     pipe.send_bytes(message)
                 pipe.send_bytes(pack({"done": True}))
-    except EOFError:
+    except (EOFError, ConnectionError):
         return  # closed from the other side
     except Exception as error:  # whatever it is, the process that waits has to be told, and says it
-        pipe.send_bytes(pack({"error": described(error)}))
+        with suppress(ConnectionError):
+            pipe.send_bytes(pack({"error": described(error)}))
 
 
 def _load(settings: Mapping[str, Any]) -> Engine:

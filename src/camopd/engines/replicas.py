@@ -71,9 +71,8 @@ class Replicas:
     def close(self) -> None:
         """End all processes, and with them all that they hold on the devices."""
         for replica in self._replicas:
-            replica.pipe.close()
-        for replica in self._replicas:
             end(replica.process)
+            replica.pipe.close()
         self._replicas = []
 
     def sample(
