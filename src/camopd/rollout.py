@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from camopd import plan as layout
 from camopd import propose
@@ -14,10 +14,14 @@ from camopd.engines import Engine, Sample, load_engine
 from camopd.errors import UnhealthyRunError
 from camopd.plan import Plan
 from camopd.progress import Progress
+from camopd.recipe.served import is_served
 from camopd.records import PromptTable, write_table
 from camopd.runtime import set_threads
 from camopd.schedule import Schedule, prompt_slice, seed_of, share_slice
 from camopd.store import Manifest, Store, join
+
+if TYPE_CHECKING:
+    from camopd.engines.remote import RemoteEngine
 
 Row = dict[str, Any]
 
@@ -241,10 +245,24 @@ def models(plan: Plan, number: int) -> dict[str, list[str]]:
     return branches
 
 
+def connect_teacher(plan: Plan, uri: str) -> RemoteEngine:
+    """The engine of a served teacher, which is still the one that the plan was made with."""
+    from camopd.inputs.served import Probe, connect
+
+    names = [branch.name for branch in plan.recipe.branches if plan.teacher_uri(branch) == uri]
+    expected = Probe.from_record(plan.served[plan.content_ids[f"teacher/{names[0]}"]])
+    longest = plan.max_prompt_tokens + plan.recipe.rollout.max_new_tokens
+    return connect(uri, plan.recipe, vocab_size=plan.vocab_size, longest=longest, expected=expected)
+
+
 @contextmanager
 def engine_at(plan: Plan, uri: str, store: Store) -> Iterator[Engine]:
     """The recipe's engine with the model at ``uri``, closed at the end: what it held on the device is free again."""
     recipe = plan.recipe
+    if is_served(uri):
+        with closing(connect_teacher(plan, uri)) as remote:
+            yield remote
+        return
     engine = load_engine(
         recipe.rollout.engine,
         store.fetch(uri),

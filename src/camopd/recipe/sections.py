@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from camopd.recipe.values import TEACHER, Alias, Float, Int, ModelName, Names, PromptSource, TrackingUri, Uri
+from camopd.recipe.served import is_served
+from camopd.recipe.values import TEACHER, Alias, Float, Int, ModelName, Names, PromptSource, Teacher, TrackingUri, Uri
 
 
 class Section(BaseModel):
@@ -21,7 +22,9 @@ class Branch(Section):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,30}$", description="Name in paths, metrics and reports.")
     role: Literal["recover", "retain"] = Field(description="Whether the gate asks for a gain or for no loss.")
-    teacher: Uri | None = Field(None, description="Model that teaches the branch; none means the frozen student.")
+    teacher: Teacher | None = Field(
+        None, description="Model that teaches the branch, or http://host/v1 that serves it; none means the frozen student."
+    )
     prompts: PromptSource = Field(
         description="JSONL with `prompt` or `messages` rows, may be gzipped; `teacher`: it makes up its own."
     )
@@ -49,6 +52,20 @@ class Branch(Section):
         if info.data.get("prompts") == TEACHER and share != 1:
             raise ValueError(f'teacher_prompts {share:g} needs a prompt file beside it; with prompts = "teacher" leave it out')
         return share
+
+    @model_validator(mode="after")
+    def _asked_what_it_can_answer(self) -> Branch:
+        if self.is_served and self.teacher_prompts:
+            raise ValueError(
+                f"the teacher {self.teacher} is served, and prompts of its own need its chat template: give a prompt file, or "
+                "the teacher's folder"
+            )
+        return self
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the teacher is somebody's server."""
+        return self.teacher is not None and is_served(self.teacher)
 
     @property
     def has_prompt_file(self) -> bool:
