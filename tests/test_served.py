@@ -114,7 +114,7 @@ def test_the_plan_keeps_what_the_teacher_said_and_its_name_is_its_identity(teach
         (
             {"max_model_len": 16},
             "",
-            r"rollout\.max_new_tokens: 16 response tokens leave 0 for a prompt in the 15 positions of http",
+            r"rollout\.max_new_tokens: 16 response tokens leave 0 for a prompt in the 15 positions",
         ),
     ],
     ids=str,
