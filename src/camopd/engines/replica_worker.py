@@ -82,7 +82,7 @@ def result(header: Mapping[str, Any], arrays: Arrays) -> tuple[int, Sample | Sco
 
 def main(pipe: Connection) -> None:
     """Load the model, then answer tasks until the pipe closes; a failure is told and ends it."""
-    from camopd.workers import described
+    from camopd.failures import described
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:

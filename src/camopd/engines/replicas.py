@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from camopd.engines import Sample, Scores, TokenIds, token_batches
 from camopd.engines.replica_worker import end_to_end, pack, result, unpack
 from camopd.errors import EngineError, InputError, Problem
-from camopd.workers import revived
+from camopd.failures import revived
 
 
 @dataclass
