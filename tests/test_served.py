@@ -21,7 +21,7 @@ from camopd.config import load_recipe
 from camopd.engines import served
 from camopd.engines.remote import RemoteEngine
 from camopd.engines.served import Server
-from camopd.engines.transformers import load_model
+from camopd.engines.transformers import TransformersEngine, load_model
 from camopd.errors import EngineError, InputError
 from camopd.evaluation.harness import Harness, open_tasks, quiet
 from camopd.evaluation.served import ServedLM, ServedTeacher
@@ -211,6 +211,19 @@ def test_a_server_that_serves_something_else_by_now_is_noticed(teacher, general,
         score.run(uri, "general")
     teacher.max_model_len = None
     assert score.run(uri, "general").metrics["num_samples"] == 24
+
+
+@pytest.mark.slow
+def test_a_served_teacher_may_answer_in_place_of_the_student(teacher, general, tmp_path) -> None:
+    plan = prepared(tmp_path, teacher.url, method="off-policy-kd", **{"score.signal": "sampled"})
+    uri = layout.round_uri(plan.run_uri, 1)
+    rollout.run(uri)
+    rows = read_table(Path(layout.rollout_uri(uri)) / "rollouts.parquet", "rollouts")
+    own = [row for row in rows if row["branch"] == "general"]
+    assert own
+    engine = TransformersEngine(general, vocab_size=plan.vocab_size, batch_size=8, batch_tokens=999)
+    for index, scores in engine.score([row["prompt_ids"] for row in own], [row["response_ids"] for row in own]):
+        assert own[index]["logprobs"] == pytest.approx(scores.logprobs, abs=1e-3)
 
 
 def remote(teacher: Completions) -> RemoteEngine:
