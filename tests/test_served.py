@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoTokenizer
 
 from camopd import plan as layout
-from camopd import prepare, rollout, score
+from camopd import prepare, rollout, score, workflow
 from camopd.config import load_recipe
 from camopd.engines import served
 from camopd.engines.remote import RemoteEngine
@@ -26,6 +26,7 @@ from camopd.errors import EngineError, InputError
 from camopd.evaluation.harness import Harness, open_tasks, quiet
 from camopd.evaluation.served import ServedLM, ServedTeacher
 from camopd.inputs.served import other_head
+from camopd.outcome import result_of
 from camopd.plan import Plan
 from camopd.records import read_table
 from camopd.store import Store
@@ -211,6 +212,25 @@ def test_a_server_that_serves_something_else_by_now_is_noticed(teacher, general,
         score.run(uri, "general")
     teacher.max_model_len = None
     assert score.run(uri, "general").metrics["num_samples"] == 24
+
+
+@pytest.mark.slow
+def test_a_whole_recovery_with_a_served_teacher(teacher, tmp_path) -> None:
+    """To the gate's decision, with the evaluation that the teacher's folder has."""
+    wish = SMALL | {"evaluate.limit": 12, "evaluate.curve_points": 0, "evaluate.bootstrap": 200, "promote.enabled": False}
+    scores = {}
+    for kind, location in (("served", teacher.url), ("local", str(MICRO / "general"))):
+        settings = wish | {
+            "output": str(tmp_path / kind),
+            "branches.general.teacher": location,
+            "prompts.max_prompt_tokens": 100,
+        }
+        done = workflow.run(str(ROOT / "recipes" / "micro.toml"), settings, store=Store())
+        result = result_of(Plan.load(Store(), done.uri), Store())
+        assert result is not None
+        scores[kind] = result.evaluation["scores"]
+    assert scores["served"].keys() == scores["local"].keys() == {"before", "after", "teacher-general"}
+    assert scores["served"] == scores["local"]
 
 
 @pytest.mark.slow
