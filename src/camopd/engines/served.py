@@ -33,14 +33,16 @@ class Server:
 
     Args:
         location: ``http://host:8000/v1``, with ``#model`` or without. The key is in the environment (``API_KEY``), if at all.
+        attempts: after the first; None is ``ATTEMPTS``.
     """
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, *, attempts: int | None = None) -> None:
         self.base, self.wanted = split_served(location)
+        self._attempts = ATTEMPTS if attempts is None else attempts
         key = os.environ.get(API_KEY)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         again = Retry(
-            ATTEMPTS,
+            self._attempts,
             backoff_factor=BACKOFF,
             backoff_max=LONGEST_WAIT,
             backoff_jitter=BACKOFF,
@@ -91,7 +93,7 @@ class Server:
     def _ask(self, method: str, url: str, body: Mapping[str, Any] | None = None) -> Any:
         response = self._request(method, url, body)
         if response.status != 200:
-            raise EngineError(f"{url} {refusal(response.status, words(response.data))}")
+            raise EngineError(f"{url} {refusal(response.status, words(response.data), self._attempts)}")
         try:
             return json.loads(response.data)
         except ValueError:
@@ -103,16 +105,16 @@ class Server:
         except HTTPError as error:
             reason = error.reason if isinstance(error, MaxRetryError) and error.reason else error
             what = " ".join(str(reason).rpartition(">: ")[2].rpartition("): ")[2].split())[:SHOWN]
-            attempts = f" in {ATTEMPTS + 1} attempts" if isinstance(error, MaxRetryError) else ""
+            attempts = f" in {self._attempts + 1} attempts" if isinstance(error, MaxRetryError) else ""
             raise EngineError(f"{url} gives no answer{attempts}: {what}; see that the server runs and can be reached") from None
 
 
-def refusal(status: int, said: str) -> str:
+def refusal(status: int, said: str, attempts: int) -> str:
     """What a status means for who reads it."""
     if status in (401, 403):
         return f"refuses the key (status {status}); set {API_KEY} in the environment"
     if status in BUSY:
-        return f"still answers with status {status} after {ATTEMPTS + 1} attempts{said}; see the server's log"
+        return f"still answers with status {status} after {attempts + 1} attempts{said}; see the server's log"
     return f"refuses (status {status}){said}"
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TEXT = "The quick brown fox, 1234.56 EUR;  two  blanks. def f(x): return x**2  # naïve 東京 On the 3rd of May, what is 7 + 5?"
 PROBE_TOKENS = 64  # of the text, at most
 TOLERANCE = 0.1  # mean |difference|, nats a token, that bfloat16 on another card explains and another model does not
+FEW = 2  # attempts after the first while preparing: somebody waits to be told of a wrong address
 NUM_PADDING = 8  # ids of the head's padding that are asked for
 MAX_PADDING = 1e-3  # probability that padding may have in all: scores are off by as many nats
 
@@ -80,7 +81,7 @@ def examine(recipe: Recipe, store: Store) -> tuple[dict[str, ServedModel], list[
     problems: list[Problem] = []
     for location, parameter in sorted(where.items(), key=lambda item: item[1]):
         assert location is not None, "such a branch has one"
-        with closing(Server(location)) as server:
+        with closing(Server(location, attempts=FEW)) as server:
             try:
                 model, max_length = named(server)
                 if tokenizer is None:
