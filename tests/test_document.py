@@ -127,6 +127,7 @@ def locations(recipe: Recipe) -> list[str]:
     """Every value of a field that is a location, found by its type."""
 
     def of(section: object, model: type) -> list[str]:
+        locations = (Uri, PromptSource, Teacher)
         hints = typing.get_type_hints(model, include_extras=True)
         kinds = {name: (hint, *typing.get_args(hint)) for name, hint in hints.items()}
         return [
