@@ -130,9 +130,7 @@ def locations(recipe: Recipe) -> list[str]:
         locations = (Uri, PromptSource, Teacher)
         hints = typing.get_type_hints(model, include_extras=True)
         kinds = {name: (hint, *typing.get_args(hint)) for name, hint in hints.items()}
-        return [
-            getattr(section, name) for name, kind in kinds.items() if any(one in kind for one in (Uri, PromptSource, Teacher))
-        ]
+        return [getattr(section, name) for name, kind in kinds.items() if any(one in kind for one in locations)]
 
     sections = [recipe, *recipe.branches, recipe.prompts, recipe.rollout, recipe.score, recipe.train, recipe.evaluate]
     return [value for section in sections for value in of(section, type(section))]
