@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from camopd.engines import Sample, Scores, TokenIds, token_batches
+from camopd.engines import Sample, Scores, TokenIds, sample_batches, token_batches
 from camopd.engines.replica_worker import end_to_end, pack, result, unpack
 from camopd.errors import EngineError, InputError, Problem
 from camopd.failures import revived
@@ -84,9 +84,8 @@ class Replicas:
         eos_ids: Sequence[int],
         top_k: int = 0,
     ) -> Iterator[tuple[int, Sample]]:
-        order = Order([-len(prompt) for prompt in prompts])
-        longest_first = sorted(range(len(prompts)), key=order)
-        batches = [longest_first[start : start + self._batch_size] for start in range(0, len(prompts), self._batch_size)]
+        lengths = [len(prompt) for prompt in prompts]
+        batches, order = sample_batches(lengths, self._batch_size), Order([-length for length in lengths])
         options = {"max_new_tokens": max_new_tokens, "eos_ids": list(map(int, eos_ids)), "top_k": top_k}
         own_seeds = np.array(seeds, np.uint64)
 

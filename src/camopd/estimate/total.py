@@ -21,6 +21,7 @@ from camopd.estimate.memory import (
     score_memory,
     train_memory,
 )
+from camopd.estimate.pods import check_pods, pods
 from camopd.estimate.shapes import ModelShape
 from camopd.estimate.work import (
     BranchTokens,
@@ -121,7 +122,6 @@ def estimate(recipe: Recipe, shapes: Mapping[str, ModelShape], lengths: Mapping[
     samples = samples_of(recipe, num_steps(recipe))
     active = scored_branches(recipe)
     memory = stage_memory(recipe, shapes, samples, given)
-    pods = storage.pods(recipe, active)
     student = shapes[STUDENT]
     return Estimate(
         lengths={name: lengths[name] for name in samples},
@@ -130,8 +130,8 @@ def estimate(recipe: Recipe, shapes: Mapping[str, ModelShape], lengths: Mapping[
         work=tuple(stage_work(recipe, shapes, samples, lengths, memory, active, given)),
         tables=storage.table_bytes(recipe, samples, lengths),
         checkpoints=storage.checkpoint_bytes(student) * recipe.num_rounds,
-        pods=pods,
-        object_bytes=storage.check_pods(recipe, pods),
+        pods=pods(recipe, active),
+        object_bytes=check_pods(recipe, active),
         price=given.price,
     )
 
@@ -189,8 +189,8 @@ def stage_work(
 
 
 def _together(stage: str, gpus: int | None, recipe: Recipe) -> int | None:
-    """GPUs that a stage works on at once: of a copy of the model, times the copies."""
-    return gpus * recipe.rollout.replicas if gpus and stage in ("rollout", "score") else gpus
+    """GPUs that a stage works on at once: of a copy of the model, times a pod's copies, times the shards that share it."""
+    return gpus * recipe.rollout.replicas * recipe.shards if gpus and stage in ("rollout", "score") else gpus
 
 
 def advice(recipe: Recipe, shapes: Mapping[str, ModelShape], found: Estimate, given: Assumptions) -> list[str]:

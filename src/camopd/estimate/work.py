@@ -170,7 +170,7 @@ def train_work(
 
 
 def start_work(recipe: Recipe, active: int, gpus: Mapping[str, int], given: Assumptions) -> Stage:
-    """GPUs that wait while a pod starts and loads: one rollout and one update a round, one scoring task a branch.
+    """GPUs that wait while pods start and load: for one rollout and one update a round, one scoring task a branch.
 
     Args:
         recipe: the recipe.
@@ -180,6 +180,6 @@ def start_work(recipe: Recipe, active: int, gpus: Mapping[str, int], given: Assu
     """
     rounds = recipe.num_rounds
     counts = {"recover": 1} if recipe.execution == "colocated" else {"rollout": rounds, "score": active, "train": rounds}
-    together = {"rollout": recipe.rollout.replicas, "score": recipe.rollout.replicas}
+    together = dict.fromkeys(("rollout", "score"), recipe.rollout.replicas * recipe.shards)
     waiting = sum(count * gpus.get(stage, 0) * together.get(stage, 1) for stage, count in counts.items())
     return Stage("pod starts", "", 0, 0, waiting * given.start_minutes * 60, waiting / sum(counts.values()))
