@@ -13,7 +13,7 @@ from camopd.rollout import asks_student
 
 TEXT = {"prompt_id": 16, "branch": 8, "finish_reason": 8, "reason": 16}  # bytes a value; most are stored once and referred to
 TEXT_PER_TOKEN = 4  # bytes of English a token of a vocabulary of 150,000
-CHECKPOINT = 3 * FLOAT32  # bytes a parameter: itself and AdamW's two moments (checkpoint.save_checkpoint)
+CHECKPOINT = 3 * FLOAT32  # bytes a parameter: itself and AdamW's two moments (camopd.checkpoint)
 
 # Pods of pipelines/recovery.yaml on KFP 2.17 (its compiler/argocompiler/dag.go): a driver and an executor for each task, a
 # driver for each graph, loop and condition, and one for each turn of a loop. A test counts them in the compiled file.
