@@ -24,7 +24,7 @@ from pipelines.pools import Pools
 
 def make_pipeline(pools: Pools) -> dsl.base_component.BaseComponent:
     """The recovery for these pools. A task is one component, placed on one pool, with a name for people."""
-    cpu, inference, training = pools.cpu.place, pools.inference.place, pools.training.place
+    cpu, inference = pools.cpu.place, pools.inference.place
 
     def scored(score_uris: dsl.PipelineTask, turns: str) -> dsl.PipelineTask:
         """A teacher for each prefix that a task returned."""
@@ -34,7 +34,8 @@ def make_pipeline(pools: Pools) -> dsl.base_component.BaseComponent:
 
     def trained(round_uri: str, after: dsl.PipelineTask) -> dsl.PipelineTask:
         selected = cpu(select(round_uri=round_uri)).after(after).set_display_name("Select: keep the gap mass")
-        return training(train(round_uri=round_uri)).after(selected).set_display_name("Train: update the student")
+        learnt = pools.training.train(train, round_uri=round_uri, launched_from=pools.cpu)
+        return learnt.after(selected).set_display_name("Train: update the student")
 
     @dsl.pipeline(name="camopd-recovery", display_name="Recover a domain model's general ability")
     def recovery(
