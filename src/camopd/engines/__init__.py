@@ -129,10 +129,8 @@ def sample_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 def import_engine(name: str) -> None:
     """Do the imports of an engine, which take seconds: its weights may come meanwhile."""
-    if name == "transformers":
-        import_module("camopd.engines.transformers")
-    elif find_spec(name) is not None:
-        import_module(name)
+    if find_spec(name) is not None:  # what is not installed is said where the engine is loaded
+        import_module(f"camopd.engines.{name}")  # ours, which sets what vLLM reads when it is imported
 
 
 def load_engine(
