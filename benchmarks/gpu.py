@@ -3,12 +3,12 @@
     make bench-gpu                      # eight minutes on one CUDA GPU; writes benchmarks/results/gpu.md
     python benchmarks/gpu.py --toy      # the same code at toy size, on whatever there is; benchmarks/results/gpu_cpu_toy.md
 
-*Update*: Qwen3 shapes with random weights, through `Student`, `update` and packing, in bfloat16 with float32 weights, on one GPU.
+*Update*: Qwen3 shapes, random weights, through `Student`, `update` and packing, in bfloat16 with float32 weights, one GPU.
 Prompts of 512 tokens, responses of one length, the sampled token as signal. The first update, which makes the moments, is left
 out. Operations are ``estimate.work.train_flops``: 6 for each parameter of a layer's matrices and token (2 forward, 4 backward),
 3.5 times 4 N Q for each pair of a token and one it sees, 6 V D for each trained token. The share of the peak leaves out what is
-computed again for ``train.activation_checkpointing``; "executed" has it. *Loss*: see gpu_losses.py; repeats take turns. A spread
-is median (least to greatest). The page is written again after every case, so a run that is stopped leaves one.
+computed again for ``train.activation_checkpointing``; "executed" has it. *Loss*: see gpu_losses.py; repeats take turns. A
+spread is median (least to greatest). The page is written again after every case, so a run that is stopped leaves one.
 """
 
 from __future__ import annotations

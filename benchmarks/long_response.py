@@ -156,7 +156,7 @@ def main() -> None:
     alone = sum(alone_parts(shape, recipe, Assumptions()).values()) / GIGA
     text = [
         "# A response of 32,768 tokens of an 8B model",
-        f"`python benchmarks/long_response.py`, {machine()}. No GPU. What is counted and what is measured stands at the head of "
+        f"`python benchmarks/long_response.py`, {machine()}. No GPU. What is counted and measured stands at the head of "
         "the script.",
         "## One GPU of an update of Qwen3-8B",
         f"`{RECIPE.name}`: bfloat16, layers computed again, prompts of {recipe.prompts.max_prompt_tokens:,} tokens before each "
@@ -170,8 +170,8 @@ def main() -> None:
         "whatever the length.",
         "## The same passes with numbers in them",
         f"One process, width {shape.hidden:,}; the layers in bfloat16 with a vocabulary of {FEW_IDS:,} ids, the loss with "
-        f"{shape.vocab_size:,}. GB beyond what was there before (float32 weights of the layers; hidden states and weight of the "
-        "loss). A product in bfloat16 on this CPU packs its operands into copies, which are resident and not counted: of the "
+        f"{shape.vocab_size:,}. GB beyond what was there before (float32 weights of the layers; hidden states and weight of "
+        "the loss). A product in bfloat16 on this CPU packs its operands into copies, which are resident and not counted: of the "
         f"output layer {2 * shape.head / GIGA:.2f} GB each. In float32 there are none.",
         table(["", "tokens", "counted", "resident", "resident / counted"], measured),
     ]
