@@ -53,9 +53,7 @@ SIZES = {name: LARGEST | size for name, size in SMALLER.items()} | {
     "4B, 18 of 36 layers": LARGEST | {"num_hidden_layers": 18},
     "4B": LARGEST,
 }
-TOY = {
-    "toy": LARGEST | SMALLER["0.6B"] | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 4096}
-}
+TINY = {"num_hidden_layers": 2, "num_attention_heads": 16, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 4096}
 
 
 @dataclass(frozen=True)
@@ -71,10 +69,9 @@ class Scale:
     logits_mib: Mapping[str, int]
 
 
-REAL = Scale(
-    512, SIZES, {2_048: 12, 8_192: 4}, (8_192, 2_048, 32_768), 2_560, 151_936, {"": 64, " (four times the default)": 256}
-)
-SMALL = Scale(16, TOY, {32: 4, 64: 2}, (256, 64), 64, 4_096, {"": 1, " (four times)": 4})
+MORE = " (four times the default)"
+REAL = Scale(512, SIZES, {2_048: 12, 8_192: 4}, (8_192, 2_048, 32_768), 2_560, 151_936, {"": 64, MORE: 256})
+TOY = Scale(16, {"toy": LARGEST | TINY}, {32: 4, 64: 2}, (256, 64), 64, 4_096, {"": 1, " (four times as much)": 4})
 
 
 def operations(shape: ModelShape, lengths: Iterable[tuple[int, int]], *, again: bool) -> float:
