@@ -6,12 +6,14 @@ hook in the workers masks the rest of the head, so that they equal those of the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from camopd.config import VLLM
@@ -22,6 +24,7 @@ from camopd.losses import rows_at_once
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its own progress would bury ours
+os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "2")  # then it kills them; SIGTERM leaves ten in all
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # a device is free for certain when the process that held it has ended
 os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # for the one token after a scored sequence, see _start
 
@@ -95,6 +98,7 @@ class VllmEngine:
             disable_log_stats=True,
             **self._settings.model_dump(),
         )
+        others = set(psutil.Process().children(recursive=True))
         try:
             engine = LLMEngine.from_engine_args(arguments)
             broken = {name for names in engine.collective_rpc("camopd_prepare", args=(self._vocab_size,)) for name in names}
@@ -104,6 +108,11 @@ class VllmEngine:
                 f"vLLM does not start with {self._path}: {reason}; its own messages are above. Where memory is short, set "
                 "vllm.gpu_memory_utilization or vllm.tensor_parallel_size"
             ) from error
+        except BaseException:  # SIGTERM's: vLLM ends the processes that it knows of, not one that it is just about to start
+            for process in set(psutil.Process().children(recursive=True)) - others:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            raise
         if broken:
             stop(engine)
             fix = "export the checkpoint again"
