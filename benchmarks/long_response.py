@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from cost import MIB, memory, resident
-from on_shapes import OnShapes, count_update, in_new_process, make_model, make_row, on_shapes
+from on_shapes import Counted, OnShapes, count_update, in_new_process, make_model, make_row, on_shapes
 from page import machine, table
 from torch import Tensor
 
@@ -62,11 +62,15 @@ def counted_row(response: int, gpus: int) -> list[str]:
     begun = time.monotonic()
     recipe = recipe_for(response, gpus)
     found = count_update(CONFIG, recipe, recipe.prompts.max_prompt_tokens, response)
-    planned = Memory(*train_parts(read_shape(CONFIG, "Qwen3-8B"), recipe, Assumptions()), gpus)
     print(f"{response} tokens, {gpus} GPUs: {found}, {time.monotonic() - begun:.0f} s", file=sys.stderr)
-    bare = planned.on_each(gpus)
-    sizes = (found.state, found.peak - found.state, found.peak, bare)
-    return [f"{response:,}", str(gpus), *(f"{size / GIGA:.1f}" for size in sizes), f"{found.peak / bare:.2f}"]
+    return beside_the_plan(response, gpus, found)
+
+
+def beside_the_plan(response: int, gpus: int, found: Counted) -> list[str]:
+    parts = train_parts(read_shape(CONFIG, "Qwen3-8B"), recipe_for(response, gpus), Assumptions())
+    planned = Memory(*parts, gpus).on_each(gpus)
+    sizes = (found.state, found.peak - found.state, found.peak, planned)
+    return [f"{response:,}", str(gpus), *(f"{size / GIGA:.1f}" for size in sizes), f"{found.peak / planned:.2f}"]
 
 
 # --- Measured beside what is counted ----------------------------------------------------------------------------------------
@@ -132,6 +136,34 @@ def _call(name: str, arguments: Sequence[int], real: bool) -> float:
 # --- The page ---------------------------------------------------------------------------------------------------------------
 
 
+def page(counted: Sequence[Sequence[str]], measured: Sequence[Sequence[str]]) -> str:
+    recipe, shape = recipe_for(LENGTHS[-1], 8), read_shape(CONFIG, "Qwen3-8B")
+    logits = LENGTHS[-1] * shape.vocab_size * 4 / GIGA
+    alone = sum(alone_parts(shape, recipe, Assumptions()).values()) / GIGA
+    parts = [
+        "# A response of 32,768 tokens of an 8B model",
+        f"`python benchmarks/long_response.py`, {machine()}. No GPU. What is counted and measured stands at the head of "
+        "the script.",
+        "## One GPU of an update of Qwen3-8B",
+        f"`{RECIPE.name}`: bfloat16, layers computed again, prompts of {recipe.prompts.max_prompt_tokens:,} tokens before each "
+        f"response, `train.logits_mib` {recipe.train.logits_mib}, the sampled token as signal, two passes a GPU. Counted by "
+        "running the update on shapes, after one that makes the moments; GB (10^9 bytes) on each GPU. State: float32 weights, "
+        "gradients and moments. The plan is `camopd plan`'s, before the tenth that it leaves free.",
+        table(["response", "GPUs", "state", "beside it", "peak", "the plan says", "peak / plan"], counted),
+        "Not counted: fragments of the allocator, kernels' workspaces, NCCL's and CUDA's own memory. Logits of the whole "
+        f"response in float32 would be {logits:.1f} GB, and a log-softmax and its gradient are as large again each. On one GPU "
+        f"alone the state is {16 * shape.parameters / GIGA:.0f} GB and {alone:.0f} GB come on top: 80 GB do not hold it, "
+        "whatever the length.",
+        "## The same passes with numbers in them",
+        f"One process, width {shape.hidden:,}; the layers in bfloat16 with a vocabulary of {FEW_IDS:,} ids, the loss with "
+        f"{shape.vocab_size:,}. GB beyond what was there before (float32 weights of the layers; hidden states and weight of "
+        "the loss). A product in bfloat16 on this CPU packs its operands into copies, which are resident and not counted: of "
+        f"the output layer {2 * shape.head / GIGA:.2f} GB each. In float32 there are none.",
+        table(["", "tokens", "counted", "resident", "resident / counted"], measured),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--responses", type=int, nargs="+", default=LENGTHS, help="tokens of the counted responses")
@@ -154,32 +186,9 @@ def main() -> None:
     measured += [[f"the loss, {bits} bits", f"{tokens:,}", *both(loss_peak, tokens, bits)] for bits in (32, 16)]
     counted_loss = in_new_process(_call, loss_peak.__name__, (LENGTHS[-1], 16), False)
     measured += [["the loss, 16 bits", f"{LENGTHS[-1]:,}", f"{counted_loss / GIGA:.2f}", "", ""]]
-    recipe, shape = recipe_for(LENGTHS[-1], 8), read_shape(CONFIG, "Qwen3-8B")
-    logits = LENGTHS[-1] * shape.vocab_size * 4 / GIGA
-    alone = sum(alone_parts(shape, recipe, Assumptions()).values()) / GIGA
-    text = [
-        "# A response of 32,768 tokens of an 8B model",
-        f"`python benchmarks/long_response.py`, {machine()}. No GPU. What is counted and measured stands at the head of "
-        "the script.",
-        "## One GPU of an update of Qwen3-8B",
-        f"`{RECIPE.name}`: bfloat16, layers computed again, prompts of {recipe.prompts.max_prompt_tokens:,} tokens before each "
-        f"response, `train.logits_mib` {recipe.train.logits_mib}, the sampled token as signal, two passes a GPU. Counted by "
-        "running the update on shapes, after one that makes the moments; GB (10^9 bytes) on each GPU. State: float32 weights, "
-        "gradients and moments. The plan is `camopd plan`'s, before the tenth that it leaves free.",
-        table(["response", "GPUs", "state", "beside it", "peak", "the plan says", "peak / plan"], counted),
-        "Not counted: fragments of the allocator, kernels' workspaces, NCCL's and CUDA's own memory. Logits of the whole "
-        f"response in float32 would be {logits:.1f} GB, and a log-softmax and its gradient are as large again each. On one GPU "
-        f"alone the state is {16 * shape.parameters / GIGA:.0f} GB and {alone:.0f} GB come on top: 80 GB do not hold it, "
-        "whatever the length.",
-        "## The same passes with numbers in them",
-        f"One process, width {shape.hidden:,}; the layers in bfloat16 with a vocabulary of {FEW_IDS:,} ids, the loss with "
-        f"{shape.vocab_size:,}. GB beyond what was there before (float32 weights of the layers; hidden states and weight of "
-        "the loss). A product in bfloat16 on this CPU packs its operands into copies, which are resident and not counted: of "
-        f"the output layer {2 * shape.head / GIGA:.2f} GB each. In float32 there are none.",
-        table(["", "tokens", "counted", "resident", "resident / counted"], measured),
-    ]
-    RESULTS.write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    print("\n\n".join(text))
+    text = page(counted, measured)
+    RESULTS.write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":
