@@ -1,6 +1,6 @@
 """Does a 32,768-token response of an 8B model fit on one of 8 devices of 80 GB? As far as a machine without GPUs can say.
 
-    nice python benchmarks/long_response.py     # some fifteen minutes on two cores; writes benchmarks/results/long_response.md
+    nice python benchmarks/long_response.py     # some ten minutes on two cores; writes benchmarks/results/long_response.md
 
 *Counted*: one of the processes of an update of Qwen3-8B, run by our own code on shapes alone (on_shapes.py): what is alive at
 once, whole model, whole vocabulary, real lengths. Beside it what `camopd plan` says.
@@ -45,7 +45,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "medical-8b.toml"
 CONFIG = json.loads((SHIPPED / "Qwen3-8B.json").read_text())
 GIGA = 1e9
 LENGTHS = (4_096, 16_384, 32_768)
-MEASURED = (512, 1_024, 2_048)  # tokens; the resident set grows with them in a straight line
+LAYERS, TOKENS, LOSS_TOKENS = 1, 1_024, 512  # of the measured passes
 FEW_IDS = 1_024  # vocabulary of the measured layers, so that they are what is seen
 
 
@@ -168,8 +168,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--responses", type=int, nargs="+", default=LENGTHS, help="tokens of the counted responses")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8], help="processes that share the counted updates")
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], help="measured layers")
-    parser.add_argument("--lengths", type=int, nargs="+", default=MEASURED, help="tokens of the measured passes")
+    parser.add_argument("--layers", type=int, nargs="+", default=[LAYERS], help="measured layers")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[TOKENS], help="tokens of the measured layers' passes")
     options = parser.parse_args()
     # Else glibc keeps large blocks in a heap that falls to pieces, and what is resident is not what is held.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MIB)
@@ -177,13 +177,11 @@ def main() -> None:
     with ThreadPoolExecutor(len(cases)) as pool:  # each waits for a process of its own; little memory, and no time is measured
         counted = list(pool.map(counted_row, *zip(*cases, strict=True)))
     measured = [
-        [f"{layers} of the layers", f"{tokens:,}", *both(layers_peak, layers, tokens)]
+        [f"layers: {layers}", f"{tokens:,}", *both(layers_peak, layers, tokens)]
         for layers in options.layers
         for tokens in options.lengths
-        if layers == 1 or tokens < options.lengths[-1]
     ]
-    tokens = options.lengths[0]
-    measured += [[f"the loss, {bits} bits", f"{tokens:,}", *both(loss_peak, tokens, bits)] for bits in (32, 16)]
+    measured += [[f"the loss, {bits} bits", f"{LOSS_TOKENS:,}", *both(loss_peak, LOSS_TOKENS, bits)] for bits in (32, 16)]
     counted_loss = in_new_process(_call, loss_peak.__name__, (LENGTHS[-1], 16), False)
     measured += [["the loss, 16 bits", f"{LENGTHS[-1]:,}", f"{counted_loss / GIGA:.2f}", "", ""]]
     text = page(counted, measured)

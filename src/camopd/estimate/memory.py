@@ -158,7 +158,8 @@ def alone_parts(shape: ModelShape, recipe: Recipe, given: Assumptions) -> dict[s
 
 
 def _larger(*parts: Mapping[str, float]) -> dict[str, float]:
-    return dict(max(parts, key=lambda part: sum(part.values())))
+    largest: Mapping[str, float] = max(parts, key=lambda part: sum(part.values()))
+    return dict(largest)
 
 
 def train_memory(shape: ModelShape, recipe: Recipe, given: Assumptions) -> Memory:
