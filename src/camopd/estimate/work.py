@@ -103,7 +103,8 @@ def forward_flops(shape: ModelShape, tokens: float, pairs: float, predicted: flo
 
 def train_flops(shape: ModelShape, tokens: float, pairs: float, predicted: float, *, checkpointing: bool) -> float:
     """Forward and backward pass of an update: matrices 3 times the forward, attention 3.5 times, and each once more with
-    checkpointing; the output layer 3 times, since the chunked loss computes nothing twice (losses.py)."""
+    checkpointing; the output layer 3 times, since the chunked loss computes nothing twice (losses.py). torch stops short of
+    each layer's last product when it computes again, I D of its matrices, which is counted here all the same."""
     again = int(checkpointing)
     matrices = (1 + BACKWARD_MATRIX + again) * shape.token_flops * tokens
     attention = (1 + BACKWARD_ATTENTION + again) * shape.pair_flops * pairs
