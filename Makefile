@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM := .venv-vllm
+GPU := .venv-gpu
 SEED ?= 1
 ENGINE ?= podman
 VARIANT ?= cpu
 BASE ?=
 
-.PHONY: help setup demo seeds test test-fast test-vllm lint compile micro locks images demo-containers test-images clean
+.PHONY: help setup demo seeds test test-fast test-vllm test-gpu bench-gpu lint compile micro locks images demo-containers test-images clean
 help:            ## List the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -30,10 +31,17 @@ test-fast: $(READY)  ## The tests that need no server and take seconds
 	$(BIN)/python -m pytest -m "not slow"
 
 test-vllm: $(READY) $(VLLM)/.ready  ## The vLLM engine for real, on CPU, in an environment of its own (Python 3.11)
-	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest tests/test_vllm_engine.py
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest tests/test_vllm_engine.py tests/test_vllm_server.py
 	$(BIN)/python -m pytest tests/integration/test_vllm_stages.py
 $(VLLM)/.ready: pyproject.toml requirements-vllm.txt scripts/setup_vllm.sh
 	bash scripts/setup_vllm.sh "$(PYTHON)" $(VLLM)
+
+test-gpu: $(GPU)/.ready  ## The tests marked gpu, on a machine with a CUDA GPU, in an environment of its own
+	$(GPU)/bin/python -m pytest tests/gpu
+bench-gpu: $(GPU)/.ready  ## What an update and the loss take on this GPU: benchmarks/results/gpu.md, in eight minutes
+	$(GPU)/bin/python benchmarks/gpu.py --minutes 8
+$(GPU)/.ready: pyproject.toml constraints.txt scripts/setup_gpu.sh
+	bash scripts/setup_gpu.sh "$(PYTHON)" $(GPU)
 
 lint: $(READY)   ## Style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -58,4 +66,4 @@ test-images: $(READY)  ## What is in the built images, and that the pipeline run
 	CAMOPD_TEST_IMAGES=1 $(BIN)/python -m pytest -m images
 
 clean:           ## Remove what the targets above wrote, the environment included
-	rm -rf $(VENV) $(VLLM) runs .cache build dist
+	rm -rf $(VENV) $(VLLM) $(GPU) runs .cache build dist
