@@ -475,3 +475,38 @@ def test_the_page_shows_what_the_command_prints_now() -> None:
     assert len(blocks) == 2
     for command, shown in blocks:
         assert plan(*command.split()).stdout.rstrip() == shown, f"camopd plan {command}"
+
+
+# --- Copies and servers ---------------------------------------------------------------------------------------------------
+
+
+def estimated(**settings):
+    recipe = recipe_of(**settings)
+    shapes = dict.fromkeys(("student", "general", "domain"), shape_of("Qwen3-8B"))
+    return estimate(recipe, shapes, typical_lengths(recipe), Assumptions())
+
+
+def test_copies_of_a_model_take_their_gpus_and_divide_the_hours() -> None:
+    one, four = estimated(), estimated(**{"rollout.replicas": 4})
+    for before, after in zip(one.work, four.work, strict=True):
+        if before.name in ("rollout", "score"):
+            assert after.gpus == 4 * before.gpus
+            assert after.gpu_seconds == pytest.approx(before.gpu_seconds)
+        elif before.name == "train":
+            assert after == before
+    recipe = recipe_of()
+    extra = 3 * (recipe.num_rounds * one.memory["rollout"].gpus + scored_branches(recipe) * one.memory["score"].gpus)
+    assert four.work[-1].gpu_seconds - one.work[-1].gpu_seconds == pytest.approx(extra * 180)
+    assert four.hours < one.hours
+
+
+def test_a_served_teacher_scores_on_no_gpu_of_ours() -> None:
+    one = estimated()
+    half = estimated(**{"branches.general.teacher": "http://h:8000/v1"})
+    none = estimated(**{"branches.general.teacher": "http://h:8000/v1", "branches.domain.teacher": "http://h:8000/v1#d"})
+    assert [stage.branch for stage in half.work if stage.name == "score"] == ["domain"]
+    assert [stage for stage in half.work if stage.name in ("rollout", "train")] == [
+        stage for stage in one.work if stage.name in ("rollout", "train")
+    ]
+    assert "score" not in none.memory
+    assert none.gpu_hours < half.gpu_hours < one.gpu_hours
