@@ -1,5 +1,7 @@
 """The graph: prepare -> [begin -> rollout -> score -> select -> train] x rounds -> evaluate -> promote.
 
+Where the recipe says ``execution = "colocated"`` the loop has one turn, and one pod does every round in it.
+
 Rounds are a run-time parameter: one loop over the prefixes that ``prepare`` returns, so that the compiled file does not grow.
 Each iteration starts on CPU and lets nothing dear start when the round is done, the run stopped, or the round before is
 missing: KFP goes on with later iterations after a failed one.
@@ -11,6 +13,7 @@ from components.begin import begin
 from components.evaluate import evaluate
 from components.prepare import prepare
 from components.promote import promote
+from components.recover import recover
 from components.report_outcome import report_outcome
 from components.rollout import rollout
 from components.score import score
@@ -22,6 +25,7 @@ from pipelines.pools import Pools
 def make_pipeline(pools: Pools) -> dsl.base_component.BaseComponent:
     """The recovery for these pools. A task is one component, placed on one pool, with a name for people."""
     cpu, inference, training = pools.cpu.place, pools.inference.place, pools.training.place
+    colocated = (pools.colocated or pools.training).place
 
     @dsl.pipeline(name="camopd-round")
     def one_round(round_uri: str) -> None:
@@ -95,6 +99,8 @@ def make_pipeline(pools: Pools) -> dsl.base_component.BaseComponent:
                 begun = cpu(begin(round_uri=round_uri)).set_display_name("Begin: may this round start?")
                 with dsl.If(begun.output == "go", name="go"):
                     work = one_round(round_uri=round_uri).set_display_name("Round").set_caching_options(False)
+                with dsl.If(begun.output == "colocated", name="colocated"):
+                    colocated(recover(round_uri=round_uri)).set_display_name("Recover: all rounds in one pod")
             gate = inference(evaluate(rounds=prepared.outputs["Output"]).after(work))
             gate.set_display_name("Evaluate: before and after")
             with dsl.If(gate.outputs["Output"] == "pass", name="passed"):

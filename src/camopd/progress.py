@@ -21,7 +21,7 @@ class Progress:
         unit: what is counted: samples, steps, prompts.
         round_number: the round and ``num_rounds`` of how many, where the stage belongs to one.
         branch: the branch at work, where there is one; may change by ``advance``.
-        done: what an earlier attempt has finished.
+        later: what follows at the same speed when this is done, and counts for the time that is left.
     """
 
     def __init__(
@@ -33,12 +33,12 @@ class Progress:
         round_number: int = 0,
         num_rounds: int = 0,
         branch: str = "",
-        done: int = 0,
+        later: int = 0,
         every: float = 2.0,
     ) -> None:
         self._fixed = {"stage": stage, "round": round_number, "rounds": num_rounds, "unit": unit}
-        self._total, self._branch, self._every = total, branch, every
-        self._before = self._done = done
+        self._total, self._later, self._branch, self._every = total, later, branch, every
+        self._done = 0
         self._tokens, self._note = 0, ""
         self._begun = self._said = time.monotonic()
         self._say()
@@ -87,6 +87,7 @@ class Progress:
         parts = [f"{fixed['stage']}{where}{branch}: {self._done}/{self._total} {fixed['unit']}"]
         if self._tokens:
             parts.append(f"{self._tokens / seconds:,.0f} tokens/s")
-        if self._before < self._done < self._total:
-            parts.append(f"{seconds * (self._total - self._done) / (self._done - self._before):,.0f} s left")
+        left = self._total - self._done + self._later
+        if self._done and left:
+            parts.append(f"{seconds * left / self._done:,.0f} s left")
         return ", ".join(parts + [self._note] * bool(self._note))

@@ -102,8 +102,6 @@ class Session:
         rollout.teacher_prompts(plan, store)
         self.plan, self._store = plan, store
         self.trainer = Trainer.load(plan, number, store)
-        done = self.trainer.schedule.step
-        self._progress = Progress("recover", total=plan.num_steps, unit="steps", done=done)
         self.tables = rollout.PromptTables(plan, store)
         models = _teachers(plan, store)
         engines = {id(model): self._engine(model) for model in models.values()}
@@ -151,12 +149,16 @@ class Session:
 
         def write(folder: Path) -> dict[str, Any]:
             begun = time.monotonic()
+            steps, rounds = plan.recipe.steps_per_round, plan.recipe.num_rounds
+            progress = Progress(
+                "recover", total=steps, unit="steps", round_number=number, num_rounds=rounds, later=steps * (rounds - number)
+            )
             sampled: list[rollout.Row] = []
-            for _ in range(plan.recipe.steps_per_round):
+            for _ in range(steps):
                 batch, record = self.step()
                 sampled += batch
                 gaps = ", ".join(f"{name} {own['gap']:.3f}" for name, own in record["branches"].items())
-                self._progress.advance(1, tokens=record["tokens"], note=f"gap {gaps}")
+                progress.advance(1, tokens=record["tokens"], note=f"gap {gaps}")
             first = store.require(layout.checkpoint_uri(plan.rounds[0])).metrics if number > 1 else {}
             numbers = rollout.health(sampled, plan, first) | self.trainer.save(folder, store)
             return numbers | {"tokens_per_second": numbers["tokens"] / (time.monotonic() - begun)}

@@ -1,4 +1,4 @@
-"""Whether a round may start. Works from manifests alone: a CPU pod asks this before anything that wants a GPU."""
+"""Whether a round may start. Works from the run's records alone: a CPU pod asks this before anything that wants a GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 
 from camopd import plan as layout
 from camopd.errors import StoreError
+from camopd.plan import Plan
 from camopd.store import Store
 
 
@@ -27,6 +28,21 @@ def begin(round_uri: str, *, store: Store | None = None) -> Literal["go", "done"
     if number > 1 and store.manifest(before) is None:
         raise StoreError(f"round {number} cannot start: round {number - 1} has no checkpoint at {before}; run it first")
     return "go"
+
+
+def begin_turn(round_uri: str, *, store: Store | None = None) -> Literal["go", "done", "stop", "colocated"]:
+    """What a turn of the pipeline's loop is to do: as ``begin``, but ``colocated`` where one process is to do the whole run.
+
+    There the loop has a single turn, over the last round's prefix, and that process asks ``begin`` for each round.
+
+    Raises:
+        StoreError: as ``begin``.
+    """
+    store = store or Store()
+    run_uri, _ = layout.run_and_round(round_uri)
+    if Plan.load(store, run_uri).recipe.execution == "staged" or store.manifest(layout.checkpoint_uri(round_uri)) is not None:
+        return begin(round_uri, store=store)
+    return "stop" if stop_reason(run_uri, store=store) is not None else "colocated"
 
 
 def record_stop(run_uri: str, *, stage: str, round_number: int, reason: str, store: Store) -> None:

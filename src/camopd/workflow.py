@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from camopd import outcome as outcomes
 from camopd import plan as layout
 from camopd import rounds
-from camopd.config import Recipe, load_recipe
-from camopd.errors import InputError, Problem, UnhealthyRunError
+from camopd.config import load_recipe
+from camopd.errors import UnhealthyRunError
 from camopd.outcome import Recorded
 from camopd.plan import Plan
 from camopd.recipe.parameters import AS_IN_RECIPE
@@ -35,7 +35,7 @@ class Done:
         uri: the prefix it wrote; the run's own for prepare.
         metrics: headline numbers, all finite.
         document: the page for people: settings (prepare), report (evaluate), release (promote).
-        rounds: prefix of each round (prepare).
+        rounds: the turns of the pipeline's loop (prepare): each round's prefix; colocated the last one's, which stands for all.
         score_uris: one prefix a branch for the teachers' scores (rollout).
         decision: "pass" or "fail" (evaluate).
         release: name, version, alias and status (promote).
@@ -77,29 +77,20 @@ def prepare(recipe: str, parameters: Mapping[str, Any] | None = None, *, job: st
     if job:
         os.environ.setdefault("KFP_RUN_ID", job)  # tracking tags the attempt with it
     with outcomes.job_record(recipe, parameters.get("output_uri", AS_IN_RECIPE), job, store=store) as record:
-        loaded = load_recipe(recipe, parameters)
-        if job:
-            require_stages(loaded)
-        plan = stage.run(loaded, store=store)
+        plan = stage.run(load_recipe(recipe, parameters), store=store)
         record["run"] = plan.run_uri
     tracker = tracking.tracker_for(plan.recipe.tracking)
     tracking.alias_snapshot(plan.run_uri, store=store, tracker=tracker)
     tracking.sync(plan.run_uri, store=store, tracker=tracker)
     plan_uri = layout.plan_uri(plan.run_uri)
     settings = store.read(join(plan.run_uri, "settings.md")).decode()
-    return Done(plan.run_uri, headline(store.require(plan_uri).metrics), settings, rounds=plan.rounds)
-
-
-def require_stages(recipe: Recipe) -> None:
-    """Raises InputError for a recipe that is done in one process, which no pipeline can do."""
-    if recipe.execution == "colocated":
-        what, fix = "the pipeline works in stages", "set it to staged, or use `camopd recover` on one machine"
-        raise InputError([Problem("execution", what, fix)])
+    turns = plan.rounds[-1:] if plan.recipe.execution == "colocated" else plan.rounds
+    return Done(plan.run_uri, headline(store.require(plan_uri).metrics), settings, rounds=turns)
 
 
 def begin(round_uri: str, *, store: Store | None = None) -> str:
-    """``go``, ``done`` or ``stop``. See ``camopd.rounds.begin``."""
-    return rounds.begin(round_uri, store=store)
+    """What a turn of the pipeline's loop is to do: see ``camopd.rounds.begin_turn``."""
+    return rounds.begin_turn(round_uri, store=store)
 
 
 def rollout(round_uri: str, *, store: Store | None = None) -> Done:
@@ -143,6 +134,23 @@ def train(round_uri: str, *, store: Store | None = None) -> Done:
     run_uri, _ = layout.run_and_round(round_uri)
     tracking.sync(run_uri, store=store, tracker=_tracker(run_uri, store))
     return Done(uri, headline(manifest.metrics))
+
+
+def recover(round_uri: str, *, store: Store | None = None) -> Done:
+    """Every round up to this one in this process, from the first that is not finished: ``execution = "colocated"``.
+
+    Args:
+        round_uri: the run's last round.
+        store: where to read and write.
+
+    Raises:
+        UnhealthyRunError: the run stopped itself, now or in an earlier call.
+    """
+    store = store or Store()
+    run_uri, _ = layout.run_and_round(round_uri)
+    _colocated(Plan.load(store, run_uri), store)
+    uri = layout.checkpoint_uri(round_uri)
+    return Done(uri, headline(store.require(uri).metrics))
 
 
 def evaluate(run_uri: str, *, store: Store | None = None) -> Done:
@@ -235,7 +243,7 @@ def _colocated(plan: Plan, store: Store) -> None:
 
 def _may_start(round_uri: str, plan: Plan, store: Store) -> bool:
     """Whether a round is to be done. Raises UnhealthyRunError when the run has stopped itself."""
-    state = begin(round_uri, store=store)
+    state = rounds.begin(round_uri, store=store)
     if state == "stop":
         raise UnhealthyRunError(outcomes.describe(plan.run_uri, succeeded=False, store=store))
     return state == "go"

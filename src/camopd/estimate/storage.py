@@ -18,8 +18,9 @@ CHECKPOINT = 3 * FLOAT32  # bytes a parameter: itself and AdamW's two moments (c
 # Pods of pipelines/recovery.yaml on KFP 2.17 (its compiler/argocompiler/dag.go): a driver and an executor for each task, a
 # driver for each graph, loop and condition, and one for each turn of a loop. A test counts them in the compiled file.
 PODS_ONCE = 12  # graph, exit handler and its task, prepare, the loop of rounds, evaluate, the gate, promote
-PODS_A_ROUND = 12  # turn, begin, condition, graph, rollout, the loop of branches, select, train
+PODS_A_ROUND = 13  # turn, begin, two conditions, graph, rollout, the loop of branches, select, train
 PODS_A_BRANCH = 3  # turn, score
+PODS_COLOCATED = 7  # turn, begin, two conditions, recover
 # Seen once: 30 rounds of 62 pods came near the limit of 1 MB that Argo keeps a Workflow object to; its graph is in that share.
 OBJECT_BYTES_A_POD = 1e6 / (30 * 62)
 OBJECT_LIMIT = 1e6
@@ -72,13 +73,14 @@ def checkpoint_bytes(shape: ModelShape) -> int:
 
 
 def pods(recipe: Recipe, active: int) -> int:
-    """Pods of the whole run; one where all of it is one process.
+    """Pods of the whole run in the pipeline.
 
     Args:
         recipe: the recipe.
         active: branches scored, summed over the rounds.
     """
-    return 1 if recipe.execution == "colocated" else PODS_ONCE + PODS_A_ROUND * recipe.num_rounds + PODS_A_BRANCH * active
+    rounds = PODS_A_ROUND * recipe.num_rounds + PODS_A_BRANCH * active
+    return PODS_ONCE + (PODS_COLOCATED if recipe.execution == "colocated" else rounds)
 
 
 def check_pods(recipe: Recipe, count: int) -> float:
