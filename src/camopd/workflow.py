@@ -6,6 +6,7 @@ costs a log line here and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -231,14 +232,16 @@ def _colocated(plan: Plan, store: Store) -> None:
 
     tracker = tracking.tracker_for(plan.recipe.tracking)
     session: Session | None = None
-    for number, round_uri in enumerate(plan.rounds, 1):
-        if not _may_start(round_uri, plan, store):
-            session = None  # another process may have finished it meanwhile: what is in memory is not its checkpoint
-            continue
-        with _recorded(round_uri, "train", layout.checkpoint_uri(round_uri), store):
-            session = session or Session(plan, number, store)
-            session.round(number)
-        tracking.sync(plan.run_uri, store=store, tracker=tracker)
+    with contextlib.ExitStack() as opened:
+        for number, round_uri in enumerate(plan.rounds, 1):
+            if not _may_start(round_uri, plan, store):
+                session = None  # another process may have finished it meanwhile: what is in memory is not its checkpoint
+                opened.close()
+                continue
+            with _recorded(round_uri, "train", layout.checkpoint_uri(round_uri), store):
+                session = session or opened.enter_context(contextlib.closing(Session(plan, number, store)))
+                session.round(number)
+            tracking.sync(plan.run_uri, store=store, tracker=tracker)
 
 
 def _may_start(round_uri: str, plan: Plan, store: Store) -> bool:

@@ -129,6 +129,7 @@ def load_engine(
     batch_tokens: int,
     max_length: int,
     vllm: VLLM | None = None,
+    sleeps: bool = False,
 ) -> Engine:
     """The engine of that name with the model at ``path``; heavy imports happen here.
 
@@ -140,6 +141,7 @@ def load_engine(
         batch_tokens: padded tokens of one scoring pass.
         max_length: longest sequence, prompt and response together; vLLM sizes its cache by it.
         vllm: the recipe's table of that name; None is its defaults.
+        sleeps: a vLLM engine that shares its device with a trainer, see ``camopd.engines.colocated``.
 
     Raises:
         ValueError: an engine that does not exist.
@@ -156,7 +158,9 @@ def load_engine(
             what, fix = "vLLM is not installed here", "run this stage in the inference environment, or use transformers"
             raise InputError([Problem("rollout.engine", what, fix)])
         from camopd.config import VLLM
+        from camopd.engines.colocated import ColocatedVllm
         from camopd.engines.vllm import VllmEngine
 
-        return VllmEngine(path, **limits, max_length=max_length, settings=vllm or VLLM())
+        make = ColocatedVllm if sleeps else VllmEngine
+        return make(path, **limits, max_length=max_length, settings=vllm or VLLM())
     raise ValueError(f"rollout.engine {name!r} is not known; use transformers or vllm")
