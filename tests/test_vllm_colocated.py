@@ -191,7 +191,8 @@ def test_the_last_guard_stops_a_run_that_samples_from_old_weights(tmp_path, monk
         engine._engine.wake_up()
         engine._asleep = False
         yield
-        engine._sleep()
+        engine._asleep = True
+        engine._engine.sleep(level=2)
 
     monkeypatch.setattr("camopd.engines.colocated.ColocatedVllm.awake", as_it_was)
     plan = prepared(tmp_path, **{"train.learning_rate": "2e-2"})

@@ -31,8 +31,8 @@ class ColocatedVllm(VllmEngine):
 
     def __init__(self, path: Path, **options: Any) -> None:
         super().__init__(path, **options)
-        self._asleep = False
-        self._sleep()
+        self._asleep = True
+        self._engine.sleep(level=2)
 
     @contextmanager
     def awake(self, model: PreTrainedModel) -> Iterator[None]:
@@ -60,11 +60,8 @@ class ColocatedVllm(VllmEngine):
         try:
             yield
         finally:
-            self._sleep()
-
-    def _sleep(self) -> None:
-        self._engine.sleep(level=2)
-        self._asleep = True
+            self._asleep = True
+        self._engine.sleep(level=2)  # not after an error: vLLM may be what died
 
     def _answers(self, requests: Mapping[int, Request]) -> Iterator[tuple[int, RequestOutput]]:
         assert not self._asleep, "its weights may be anything; see awake"
