@@ -244,7 +244,13 @@ def cautions(recipe: Recipe) -> tuple[str, ...]:
         if branch.role == "recover" and recipe.teacher(branch) == recipe.student
     ]
     unseen = "train.diagnose_every: gradients are not compared where train.num_processes is above 1; 0 says so"
-    return (*same, *[unseen] * (recipe.train.num_processes > 1 and recipe.train.diagnose_every > 0))
+    unused = "train.checkpoint_every: execution colocated saves where a round ends; set steps_per_round, or this to 0"
+    spread, colocated = recipe.train.num_processes > 1, recipe.execution == "colocated"
+    return (
+        *same,
+        *[unseen] * (spread and recipe.train.diagnose_every > 0),
+        *[unused] * (colocated and recipe.train.checkpoint_every > 0),
+    )
 
 
 _LOCATIONS = (("student",), ("output",), ("prompts", "chat_template"), ("evaluate", "task_dir"))
