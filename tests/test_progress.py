@@ -7,14 +7,14 @@ from camopd.progress import Progress
 
 def test_a_log_gets_lines_with_speed_and_what_is_left(capsys, monkeypatch) -> None:
     monkeypatch.delenv("CAMOPD_PROGRESS", raising=False)
-    progress = Progress("recover", total=2, unit="steps", every=0.0)
+    progress = Progress("train", total=4, unit="steps", done=2, every=0.0)
     progress.advance(1, tokens=50, note="gap general 0.832")
     progress.advance(1, tokens=50, note="gap domain 0.002")
     first, middle, last = capsys.readouterr().err.splitlines()
-    assert first == "recover: 0/2 steps"
-    assert middle.startswith("recover: 1/2 steps, ")
-    assert middle.endswith(" s left, gap general 0.832")
-    assert last.startswith("recover: 2/2 steps, ")
+    assert first == "train: 2/4 steps"
+    assert middle.startswith("train: 3/4 steps, ")
+    assert middle.endswith(" s left, gap general 0.832")  # one of the two that this attempt has to do
+    assert last.startswith("train: 4/4 steps, ")
     assert "left" not in last
 
 

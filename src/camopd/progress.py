@@ -21,6 +21,7 @@ class Progress:
         unit: what is counted: samples, steps, prompts.
         round_number: the round and ``num_rounds`` of how many, where the stage belongs to one.
         branch: the branch at work, where there is one; may change by ``advance``.
+        done: what an earlier attempt has finished.
         later: what follows at the same speed when this is done, and counts for the time that is left.
     """
 
@@ -33,12 +34,13 @@ class Progress:
         round_number: int = 0,
         num_rounds: int = 0,
         branch: str = "",
+        done: int = 0,
         later: int = 0,
         every: float = 2.0,
     ) -> None:
         self._fixed = {"stage": stage, "round": round_number, "rounds": num_rounds, "unit": unit}
         self._total, self._later, self._branch, self._every = total, later, branch, every
-        self._done = 0
+        self._before = self._done = done
         self._tokens, self._note = 0, ""
         self._begun = self._said = time.monotonic()
         self._say()
@@ -88,6 +90,6 @@ class Progress:
         if self._tokens:
             parts.append(f"{self._tokens / seconds:,.0f} tokens/s")
         left = self._total - self._done + self._later
-        if self._done and left:
-            parts.append(f"{seconds * left / self._done:,.0f} s left")
+        if self._before < self._done and left:
+            parts.append(f"{seconds * left / (self._done - self._before):,.0f} s left")
         return ", ".join(parts + [self._note] * bool(self._note))

@@ -166,6 +166,7 @@ class Session:
         active = self.trainer.schedule.active
         batch = rollout.requests(self.plan, self.trainer.schedule, 1, self.tables.num_teacher_prompts)
         self.tables.fill(batch)
+        self.trainer.optimizer.zero_grad(set_to_none=True)  # room for who samples
         with self._vllm.awake(self.trainer.model) if self._vllm else nullcontext():
             rollout.sample_rows(self._samplers, batch, self.plan)
         own = {name: [row for row in batch if row["branch"] == name] for name in active}
