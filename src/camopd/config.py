@@ -148,7 +148,10 @@ class Recipe(Section):
         if score.signal not in allowed:
             problems.append(f"method {method} is defined for signal {' or '.join(allowed)}, not {score.signal}")
         if score.signal == "full" and info.data.get("execution") == "staged":
-            problems.append("signal full needs student and teacher in one process: use `camopd recover`, or topk")
+            problems.append(
+                "signal full needs student and teacher in one process: set execution to colocated, as `camopd recover` "
+                "does, or use topk"
+            )
         rollout = info.data.get("rollout", Rollout())
         staged = info.data.get("execution") != "colocated"
         if score.signal == "topk" and score.top_k_of == "student" and rollout.engine == "vllm" and staged:
