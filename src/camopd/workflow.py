@@ -22,7 +22,7 @@ from camopd.errors import UnhealthyRunError
 from camopd.outcome import Recorded
 from camopd.plan import Plan
 from camopd.recipe.parameters import AS_IN_RECIPE
-from camopd.store import Store, join
+from camopd.store import Manifest, Store, join
 
 if TYPE_CHECKING:
     from camopd.tracking import Tracker
@@ -124,17 +124,29 @@ def select(round_uri: str, *, store: Store | None = None) -> Done:
         return Done(uri, headline(stage.run(round_uri, store=store).metrics))
 
 
-def train(round_uri: str, *, store: Store | None = None) -> Done:
+def train(round_uri: str, *, job: str | None = None, store: Store | None = None) -> Done:
+    """The round's updates: in this process and those that it starts, or with ``job`` (camopd.trainjob) in pods of their own."""
     from camopd import tracking
-    from camopd import train as stage
 
     store = store or Store()
     uri = layout.checkpoint_uri(round_uri)
     with _recorded(round_uri, "train", uri, store):
-        manifest = stage.run(round_uri, store=store)
+        manifest = _train_in_pods(round_uri, job, store) if job else _train_here(round_uri, store)
     run_uri, _ = layout.run_and_round(round_uri)
     tracking.sync(run_uri, store=store, tracker=_tracker(run_uri, store))
     return Done(uri, headline(manifest.metrics))
+
+
+def _train_here(round_uri: str, store: Store) -> Manifest:
+    from camopd import train as stage
+
+    return stage.run(round_uri, store=store)
+
+
+def _train_in_pods(round_uri: str, job: str, store: Store) -> Manifest:
+    from camopd.trainjob import launch_and_follow
+
+    return launch_and_follow(job, round_uri, store=store)
 
 
 def recover(round_uri: str, *, store: Store | None = None) -> Done:

@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import yaml
 
+from camopd.trainjob import JobSpec, render
 from pipelines.compile import COMMITTED, compile_pipeline
+from tests.fixtures.kubernetes_api import SCHEMAS
+from tests.fixtures.structural import problems
 
 EXAMPLE_POOLS = COMMITTED.with_name("pools.example.toml")
 NEEDS_GPU = {"rollout", "score", "evaluate", "train", "recover"}
+ON_TWO_NODES = '[training]\nnodes = 2\nruntime = "torch-distributed"\n'
 Spec = dict[str, Any]
 
 
@@ -31,6 +35,16 @@ def pooled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Spec, Spec]:
     path = tmp_path_factory.mktemp("compiled") / "recovery.yaml"
     compile_pipeline(path, EXAMPLE_POOLS)
     return documents(path)
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> tuple[Spec, Spec]:
+    """The example's pools with training on two nodes."""
+    folder = tmp_path_factory.mktemp("spread")
+    pools = EXAMPLE_POOLS.read_text(encoding="utf-8").replace("[training] ", f"{ON_TWO_NODES}#")
+    (folder / "pools.toml").write_text(pools, encoding="utf-8")
+    compile_pipeline(folder / "recovery.yaml", folder / "pools.toml")
+    return documents(folder / "recovery.yaml")
 
 
 def dags(spec: Spec) -> Iterator[tuple[str, Spec]]:
@@ -109,7 +123,7 @@ def test_people_see_names_for_people(cpu):
 # --- The graph ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fixture", ["cpu", "pooled"])
+@pytest.mark.parametrize("fixture", ["cpu", "pooled", "spread"])
 def test_every_input_of_every_task_is_defined_where_it_is_read(fixture, request):
     """The SDK does not thread a parameter that only resources use into a sub-graph: the run would fail at that task."""
     spec = request.getfixturevalue(fixture)
@@ -124,13 +138,15 @@ def test_every_input_of_every_task_is_defined_where_it_is_read(fixture, request)
                 elif "taskOutputParameter" in source:
                     assert source["taskOutputParameter"]["producerTask"] in task["dependentTasks"], (graph, name, parameter)
                     assert source["taskOutputParameter"]["producerTask"] in inside, (graph, name, parameter)
-            wanted = set(spec["components"][task["componentRef"]["name"]].get("inputDefinitions", {}).get("parameters", {}))
+            inputs = spec["components"][task["componentRef"]["name"]].get("inputDefinitions", {}).get("parameters", {})
+            wanted = {parameter for parameter, definition in inputs.items() if not definition.get("isOptional")}
             given = set(task.get("inputs", {}).get("parameters", {})) | {task.get("parameterIterator", {}).get("itemInput")}
             assert wanted <= given, (graph, name, wanted - given)
 
 
-def test_containers_name_no_input_that_their_component_lacks(pooled):
-    spec = pooled[0]
+@pytest.mark.parametrize("fixture", ["pooled", "spread"])
+def test_containers_name_no_input_that_their_component_lacks(fixture, request):
+    spec = request.getfixturevalue(fixture)[0]
     for name, container in executors(spec).items():
         inputs = set(spec["components"][f"comp-{name}"].get("inputDefinitions", {}).get("parameters", {}))
         used = set(re.findall(r"\{\{\$\.inputs\.parameters\['([^']+)'\]\}\}", yaml.safe_dump(container)))
@@ -176,9 +192,9 @@ def test_inside_a_loop_only_the_item_is_read(cpu):
                 assert outer.endswith("-loop-item"), (graph, name)
 
 
-def test_nothing_is_cached(cpu, pooled):
+def test_nothing_is_cached(cpu, pooled, spread):
     """KFP's key is a URI, not what lies behind it; our manifests are the cache."""
-    for spec in (cpu, pooled[0]):
+    for spec in (cpu, pooled[0], spread[0]):
         for graph, name, task in tasks(spec):
             if "cachingOptions" in task or name.rpartition("-")[0] not in ("for-loop", "condition", "exit-handler"):
                 assert task["cachingOptions"] == {}, (graph, name)
@@ -230,6 +246,44 @@ def test_retries_and_timeouts_are_constants_and_begin_has_no_retry(pooled):
     assert retried == dict.fromkeys(NEEDS_GPU, 2)
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert pods["exec-train"]["activeDeadlineSeconds"] == str(1440 * 60)
+
+
+def train_task(spec: Spec) -> Spec:
+    return spec["components"]["comp-camopd-round"]["dag"]["tasks"]["train"]
+
+
+def test_on_one_node_the_train_step_gets_no_job(cpu, pooled):
+    for spec in (cpu, pooled[0]):
+        assert set(train_task(spec)["inputs"]["parameters"]) == {"round_uri"}
+        assert spec["components"]["comp-train"]["inputDefinitions"]["parameters"]["job"]["defaultValue"] == ""
+
+
+def test_on_several_nodes_the_train_step_launches_from_the_cpu_pool(spread):
+    spec, platform = spread
+    container = executors(spec)["train"]
+    assert container["resources"] == executors(spec)["select"]["resources"]
+    assert "accelerator" not in container["resources"]
+    assert "exec-train" not in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"], (
+        "waiting in a queue is no timeout"
+    )
+    assert train_task(spec)["retryPolicy"]["maxRetryCount"] == 2
+
+
+def test_the_job_is_one_constant_text_whose_numbers_stay_whole(spread):
+    constant = train_task(spread[0])["inputs"]["parameters"]["job"]["runtimeValue"]["constant"]
+    assert isinstance(constant, str)
+    assert "{{" not in constant, "Argo would take it for a template"
+    job = JobSpec.model_validate_json(constant)
+    assert (job.nodes, job.count, job.memory, job.timeout_minutes) == (2, 8, "512Gi", 1440)
+    job = render(job, "s3://bucket/runs/a-0/rounds/0001")
+    assert list(problems(job, yaml.safe_load(SCHEMAS["v2.3.0"].read_text(encoding="utf-8")))) == []
+
+
+def test_several_nodes_change_the_train_step_alone(pooled, spread):
+    one, many = (dict(executors(spec)) for spec, _ in (pooled, spread))
+    assert one.pop("train") != many.pop("train")
+    assert one == many
+    assert pooled[0]["root"] == spread[0]["root"], "the run form stays as it is"
 
 
 def test_pods_get_shared_memory_selectors_and_tolerations(pooled):
