@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,15 @@ class Snapshot:
     offsets: Mapping[str, Sequence[int]]
     state: Mapping[str, Any]
 
-    def write(self, folder: Path, group: Group, *, student: Path, template: bytes | None = None) -> None:
+    def write(
+        self,
+        folder: Path,
+        group: Group,
+        *,
+        student: Path,
+        template: bytes | None = None,
+        finished: Callable[[Path], None] = lambda path: None,
+    ) -> None:
         """Write this process's files of a model folder.
 
         Tokenizer and generation settings are the student's own files, byte for byte; the chat template is the one that rendered
@@ -68,17 +76,19 @@ class Snapshot:
             group: this process among those that write their parts at the same time.
             student: folder that the model was loaded from.
             template: the chat template, where there is one.
+            finished: told of a large file that is written before others are.
         """
         rank, size = group.rank, group.size
         (folder / TRAINER).mkdir(parents=True)
         moments = folder / TRAINER / _file("optimizer", rank, size)
         if size == 1:
             self.model.save_pretrained(folder, state_dict=dict(self.weights))
-            save_file(dict(self.moments), moments)
         else:
             self._write_weights(folder, group)
-            offsets = {name: {"saved_offsets": list(begin)} for name, begin in self.offsets.items()}
-            save_file(dict(self.moments), moments, {SHARDING: json.dumps(offsets)})
+        for weights in folder.glob("*.safetensors"):
+            finished(weights)
+        offsets = {name: {"saved_offsets": list(begin)} for name, begin in self.offsets.items()}
+        save_file(dict(self.moments), moments, {SHARDING: json.dumps(offsets)} if size > 1 else None)
         if rank == 0:
             for path in student.iterdir():
                 if path.is_file() and is_companion(path.name):

@@ -30,18 +30,21 @@ def begin(round_uri: str, *, store: Store | None = None) -> Literal["go", "done"
     return "go"
 
 
-def begin_turn(round_uri: str, *, store: Store | None = None) -> Literal["go", "done", "stop", "colocated"]:
-    """What a turn of the pipeline's loop is to do: as ``begin``, but ``colocated`` where one process is to do the whole run.
+def begin_turn(round_uri: str, *, store: Store | None = None) -> Literal["go", "shards", "colocated", "done", "stop"]:
+    """What a turn of the pipeline's loop is to do: as ``begin``, with ``shards`` in place of ``go`` where several pods share
+    the round's sampling and scoring, and ``colocated`` where one process is to do the whole run.
 
-    There the loop has a single turn, over the last round's prefix, and that process asks ``begin`` for each round.
+    In that case the loop has a single turn, over the last round's prefix, and that process asks ``begin`` for each round.
 
     Raises:
         StoreError: as ``begin``.
     """
     store = store or Store()
     run_uri, _ = layout.run_and_round(round_uri)
-    if Plan.load(store, run_uri).recipe.execution == "staged" or store.manifest(layout.checkpoint_uri(round_uri)) is not None:
-        return begin(round_uri, store=store)
+    recipe = Plan.load(store, run_uri).recipe
+    if recipe.execution == "staged" or store.manifest(layout.checkpoint_uri(round_uri)) is not None:
+        state = begin(round_uri, store=store)
+        return "shards" if state == "go" and recipe.shards > 1 else state
     return "stop" if stop_reason(run_uri, store=store) is not None else "colocated"
 
 

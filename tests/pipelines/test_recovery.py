@@ -59,6 +59,11 @@ def tasks(spec: Spec) -> Iterator[tuple[str, str, Spec]]:
         yield from ((graph, name, task) for name, task in component["dag"]["tasks"].items())
 
 
+def stage(name: str) -> str:
+    """``train`` of ``train-2``: a component that stands in the graph a second time."""
+    return re.sub(r"-\d+$", "", name)
+
+
 def executors(spec: Spec) -> dict[str, Spec]:
     """The container of each component, by the component's name."""
     return {name.removeprefix("exec-"): e["container"] for name, e in spec["deploymentSpec"]["executors"].items()}
@@ -156,19 +161,34 @@ def test_containers_name_no_input_that_their_component_lacks(fixture, request):
 def test_the_graph_is_the_one_of_the_architecture(cpu):
     parts = cpu["components"]
     whole = parts["comp-exit-handler-1"]["dag"]["tasks"]
-    assert set(whole) == {"prepare", "for-loop-2", "evaluate", "condition-5"}
-    assert whole["for-loop-2"]["iteratorPolicy"] == {"parallelismLimit": 1}
-    assert set(parts["comp-for-loop-2"]["dag"]["tasks"]) == {"begin", "condition-3", "condition-4"}
-    assert list(parts["comp-condition-4"]["dag"]["tasks"]) == ["recover"]
+    assert set(whole) == {"prepare", "for-loop-2", "evaluate", "condition-9"}
+    assert list(parts["comp-condition-8"]["dag"]["tasks"]) == ["recover"]
     assert whole["evaluate"]["dependentTasks"] == ["for-loop-2", "prepare"], "no skipped task stops it"
-    one_round = parts["comp-camopd-round"]["dag"]["tasks"]
+    assert whole["for-loop-2"]["iteratorPolicy"] == {"parallelismLimit": 1}
+    turn = parts["comp-for-loop-2"]["dag"]["tasks"]
+    assert {name: task["taskInfo"]["name"] for name, task in turn.items() if name != "begin"} == {
+        "condition-3": "go",
+        "condition-5": "shards",
+        "condition-8": "colocated",
+    }
+    one_round = parts["comp-condition-3"]["dag"]["tasks"]
     assert {name: task.get("dependentTasks", []) for name, task in one_round.items()} == {
         "rollout": [],
-        "for-loop-1": ["rollout"],
-        "select": ["for-loop-1"],
+        "for-loop-4": ["rollout"],
+        "select": ["for-loop-4"],
         "train": ["select"],
     }
-    assert "iteratorPolicy" not in one_round["for-loop-1"], "branches score side by side"
+    in_shards = parts["comp-condition-5"]["dag"]["tasks"]
+    assert {name: task.get("dependentTasks", []) for name, task in in_shards.items()} == {
+        "spread": [],
+        "for-loop-6": ["spread"],
+        "gather": ["for-loop-6"],
+        "for-loop-7": ["gather"],
+        "select-2": ["for-loop-7"],
+        "train-2": ["select-2"],
+    }
+    for loop in (one_round["for-loop-4"], in_shards["for-loop-6"], in_shards["for-loop-7"]):
+        assert "iteratorPolicy" not in loop, "branches and shards work side by side"
     assert cpu["root"]["dag"]["tasks"]["report-outcome"]["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
 
 
@@ -184,9 +204,11 @@ def test_loops_and_conditions_read_a_single_return_value(cpu):
 
 def test_inside_a_loop_only_the_item_is_read(cpu):
     """The local runner puts the loop's item in the place of an outer task's output."""
-    loops = {"comp-for-loop-1", "comp-for-loop-2", "comp-condition-3", "comp-condition-4"}
+    loops = {name for name in cpu["components"] if name.startswith("comp-for-loop-")}
+    loops |= {"comp-condition-3", "comp-condition-5", "comp-condition-8"}
+    assert len(loops) == 7
     for graph, name, task in tasks(cpu):
-        if graph in loops:
+        if graph in loops and "dag" not in cpu["components"][task["componentRef"]["name"]]:
             for source in task["inputs"]["parameters"].values():
                 outer = source.get("componentInputParameter", "-loop-item")
                 assert outer.endswith("-loop-item"), (graph, name)
@@ -223,9 +245,11 @@ def test_what_runs_for_a_done_or_stopped_round_asks_for_no_accelerator(pooled):
     spec = pooled[0]
     containers = executors(spec)
     wanting = {name for name, container in containers.items() if "accelerator" in container.get("resources", {})}
-    assert wanting == NEEDS_GPU
-    behind_begin = reachable(spec, "comp-condition-3") | reachable(spec, "comp-condition-4")
-    assert behind_begin == {"rollout", "score", "select", "train", "recover"}
+    assert set(map(stage, wanting)) == NEEDS_GPU
+    assert reachable(spec, "comp-condition-3") == {"rollout", "score", "select", "train"}
+    assert set(map(stage, reachable(spec, "comp-condition-5"))) == {"spread", "gather", "rollout", "score", "select", "train"}
+    assert reachable(spec, "comp-condition-8") == {"recover"}
+    behind_begin = set().union(*(reachable(spec, f"comp-condition-{number}") for number in (3, 5, 8)))
     in_the_loop = reachable(spec, "comp-for-loop-2")
     assert not (in_the_loop - behind_begin) & wanting
     assert wanting - behind_begin == {"evaluate"}, "evaluate waits for the loop; the rest stands behind begin"
@@ -233,16 +257,18 @@ def test_what_runs_for_a_done_or_stopped_round_asks_for_no_accelerator(pooled):
 
 def test_accelerators_are_constants_and_counts_are_text(pooled):
     """The backend drops a count that is an int parameter, in silence."""
-    for name in NEEDS_GPU:
-        accelerator = executors(pooled[0])[name]["resources"]["accelerator"]
+    for name, container in executors(pooled[0]).items():
+        if stage(name) not in NEEDS_GPU:
+            continue
+        accelerator = container["resources"]["accelerator"]
         assert accelerator["resourceType"] == "nvidia.com/gpu", name
-        assert accelerator["resourceCount"] == ("8" if name == "train" else "1")
+        assert accelerator["resourceCount"] == ("8" if stage(name) == "train" else "1")
         assert isinstance(accelerator["resourceCount"], str)
 
 
 def test_retries_and_timeouts_are_constants_and_begin_has_no_retry(pooled):
     spec, platform = pooled
-    retried = {name: task["retryPolicy"]["maxRetryCount"] for _, name, task in tasks(spec) if "retryPolicy" in task}
+    retried = {stage(name): task["retryPolicy"]["maxRetryCount"] for _, name, task in tasks(spec) if "retryPolicy" in task}
     assert retried == dict.fromkeys(NEEDS_GPU, 2)
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert pods["exec-train"]["activeDeadlineSeconds"] == str(1440 * 60)
@@ -288,7 +314,7 @@ def test_several_nodes_change_the_train_step_alone(pooled, spread):
 
 def test_pods_get_shared_memory_selectors_and_tolerations(pooled):
     pods = pooled[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    assert set(pods) == {f"exec-{name}" for name in NEEDS_GPU}
+    assert {stage(name) for name in pods} == {f"exec-{name}" for name in NEEDS_GPU}
     train = pods["exec-train"]
     assert train["emptyDirMounts"] == [{"medium": "Memory", "mountPath": "/dev/shm", "sizeLimit": "64Gi", "volumeName": "shm"}]
     assert train["nodeSelector"]["labels"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
