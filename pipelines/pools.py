@@ -118,6 +118,8 @@ class TrainingPool(Pool):
             raise ValueError(
                 f"{', '.join(sorted(set_))} belong to a job on several nodes: set nodes above 1, or leave them out"
             )
+        if twice := sorted(self.env.keys() & self.secrets.keys()):
+            raise ValueError(f"{', '.join(twice)} are in env and in secrets: leave one out")
         return self
 
     @field_validator("env", "secrets")

@@ -221,7 +221,8 @@ def run(round_uri: str, *, shard: Shard | None = None, store: Store | None = Non
                 begun = time.monotonic()
                 sample_rows(dict.fromkeys(names, engine), own, plan, lambda tokens: progress.advance(1, tokens=tokens))
                 seconds += time.monotonic() - begun
-        add_text(wanted, store.fetch(recipe.student if recipe.rollout.sampler == "teacher" else plan.student_uri(number)))
+        if wanted:
+            add_text(wanted, store.fetch(recipe.student if recipe.rollout.sampler == "teacher" else plan.student_uri(number)))
         # A share is too small to judge the run by: what is healthy is looked at when all are there.
         numbers = health(wanted, plan, _first(plan, number, store)) if shard is None else {}
         numbers |= write_samples(folder, wanted, plan)

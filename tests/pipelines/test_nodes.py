@@ -5,7 +5,7 @@ import pytest
 from pipelines.compile import compile_pipeline
 from pipelines.runner import run_compiled
 from tests.fixtures.torchrun_nodes import nodes_for
-from tests.integration.runs import weights
+from tests.integration.runs import checkpoints
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,5 +29,5 @@ def test_the_compiled_pipeline_trains_on_two_nodes(small_recipe, kubernetes, mlf
     assert kubernetes.asked.count(("create", "trainjobs")) == 2, "one a round"
     assert kubernetes.jobs == {}
     (folder,) = (tmp_path / "runs").glob("graph-*")
-    assert len(weights(str(folder))) == 2
+    assert len(checkpoints(str(folder))) == 2
     assert "finished" in next(tmp_path.glob("kfp/*/report-outcome/outcome")).read_text(encoding="utf-8")

@@ -1,5 +1,6 @@
 """The pools file: what is wrong with it is said in one go and by name."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ def test_every_problem_is_named_at_once(tmp_path):
         (f'{NODES}service_account = "Default Editor"\n', "training.service_account: String should match"),
         (f'{NODES}resources = {{ "rdma/ib" = "some" }}\n', "training.resources.rdma/ib"),
         (f'{NODES}env = {{ PET_NNODES = "2" }}\n', "training.env: PET_NNODES are set by the runtime"),
+        (f'{NODES}env = {{ A = "2" }}\nsecrets = {{ A = "a/b" }}\n', "training: A are in env and in secrets: leave one out"),
         (f'{NODES}env = {{ "A-B" = "2" }}\n', "write the name of a variable"),
         (f'{NODES}env = {{ AWS_SECRET_ACCESS_KEY = "AKIA" }}\n', "training.env: AWS_SECRET_ACCESS_KEY look like secrets"),
         (f'{NODES}secrets = {{ HF_TOKEN = "hf_abc" }}\n', 'write VARIABLE = "secret-name/key"'),
@@ -102,3 +104,13 @@ secrets = { AWS_SECRET_ACCESS_KEY = "camopd-s3/secret-key" }
         secrets={"AWS_SECRET_ACCESS_KEY": "camopd-s3/secret-key"},
         timeout_minutes=1440,
     )
+
+
+def test_what_the_docs_and_the_example_say_of_several_nodes_is_taken(tmp_path):
+    (block,) = re.findall(r"(?s)```toml\n(\[training\].*?)```", Path("docs/scale.md").read_text(encoding="utf-8"))
+    example = Path("pipelines/pools.example.toml").read_text(encoding="utf-8")
+    for text in (block, re.sub(r"(?m)^# (?=\w+ = )", "", example)):
+        (tmp_path / "pools.toml").write_text(text, encoding="utf-8")
+        training = load_pools(tmp_path / "pools.toml").training
+        assert (training.nodes, training.runtime) == (2, "torch-distributed")
+        assert training.secrets["AWS_ACCESS_KEY_ID"] == "camopd-s3/access-key"

@@ -4,7 +4,8 @@ import json
 from collections.abc import Callable
 
 from camopd import plan as layout
-from camopd.store import Store, join
+from camopd.failures import failure_uri
+from camopd.store import Store
 from camopd.trainjob import JobSpec, job_name
 from tests.finished import produce
 from tests.fixtures.kubernetes_api import Api
@@ -17,7 +18,7 @@ def write_checkpoint(round_uri: str) -> None:
 
 
 def leave_word(round_uri: str, **record) -> None:
-    Store().write(join(round_uri, "train-failure.json"), json.dumps(record).encode())
+    Store().write(failure_uri(round_uri), json.dumps(record).encode())
 
 
 def started(api: Api, nodes: int = 2) -> Callable:

@@ -8,6 +8,7 @@ import pytest
 from camopd import plan as layout
 from camopd import workflow
 from camopd.errors import ClusterError, InputError, Problem, UnhealthyRunError, WorkerError
+from camopd.failures import of_fault
 from camopd.outcome import error_uri
 from camopd.store import Store
 from camopd.trainjob import job_name
@@ -81,14 +82,15 @@ def test_a_process_killed_inside_a_pod_is_known_by_torchrun_s_words(api, train):
         train()
 
 
-def test_a_fault_that_is_not_ours_is_told_by_its_rank_and_not_by_its_text(api, train, round_uri, capsys):
-    """Its text may quote a prompt, and the sentence goes into the run's record and page."""
+def test_a_fault_is_told_with_the_pod_s_end_and_log_lines_go_to_the_log_alone(api, train, round_uri, capsys):
+    """They may quote a prompt, and the sentence goes into the run's record and page."""
     make = failing(api, {"exitCode": 1}, {"exitCode": 1})
-    api.on_create = lambda job: (leave_word(round_uri, type="KeyError", message="a secret prompt", rank=5), make(job))
+    fault = of_fault("KeyError", 5, 16)
+    api.on_create = lambda job: (leave_word(round_uri, type="WorkerError", message=str(fault), rank=5), make(job))
     with pytest.raises(WorkerError) as caught:
         train()
-    assert "rank 5 met KeyError; node 0 of 2 ended with exit code 1" in str(caught.value)
-    assert "secret" not in str(caught.value)
+    assert "failed: KeyError, see its trace in the log of this step; node 0 of 2 ended with exit code 1" in str(caught.value)
+    assert "last words" not in str(caught.value)
     assert "[node 0] the last words of node 0" in capsys.readouterr().err
 
 

@@ -50,6 +50,19 @@ def test_broken_connections_and_a_busy_server_cost_nothing(api, train, round_uri
     assert capsys.readouterr().out == "[node 0] said before the connection broke\n"
 
 
+def test_nothing_is_asked_again_behind_our_back(api):
+    """The HTTP library would, three times, and a cancelled step has not got the seconds."""
+
+    def before(verb, resource):
+        raise Fault(0)
+
+    api.before = before
+    assert cluster.Cluster.connect().log("a-pod") is None
+    with pytest.raises(ClusterError):
+        cluster.Cluster.connect().delete("a-job", patience=0)
+    assert api.asked == [("get", "pods/log"), ("delete", "trainjobs")]
+
+
 def test_no_answer_for_long_is_an_error_that_leaves_the_job_running(api, train, round_uri, monkeypatch):
     monkeypatch.setattr(cluster, "PATIENCE", 0.1)
     monkeypatch.setattr(cluster, "PAUSE", 0.02)

@@ -4,12 +4,13 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
 
+from camopd import attempts, workflow
 from camopd import plan as layout
-from camopd import workflow
 from camopd.errors import ClusterError, StoreError
 from camopd.store import Store
 from camopd.trainjob import follow, job_name
@@ -105,6 +106,21 @@ def test_one_that_is_being_deleted_is_waited_for_and_not_deleted_again(api, trai
     assert len(api.deleted) == 1, "the new one, in the end"
 
 
+def test_one_that_another_has_replaced_meanwhile_is_followed(api, train, round_uri):
+    """Two attempts of a step at once, as where a node is lost and comes back."""
+    name = there(api, round_uri)
+    api.end(name, "Failed", "FailedJobs")
+    api.on_delete = lambda job: None
+
+    def replaced():
+        api.jobs[name] = {"metadata": {"name": name, "uid": "another"}}
+        finishing(api, round_uri)(api.jobs[name])
+
+    api.looks = [lambda: None, lambda: None, replaced]
+    train()
+    assert ("create", "trainjobs") not in api.asked
+
+
 def test_one_that_does_not_go_is_named(api, train, round_uri, monkeypatch):
     monkeypatch.setattr(follow, "GONE", 0.1)
     api.on_delete = lambda job: None
@@ -141,33 +157,43 @@ def test_one_whose_making_was_answered_by_a_broken_connection_is_followed(api, t
 # --- Cancelling -----------------------------------------------------------------------------------------------------------
 
 
-def sigterm(times: int = 1) -> None:
-    for _ in range(times):
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.fixture
+def sigterm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Sends this process SIGTERM, whose way out would end it for certain after some seconds."""
+    monkeypatch.setattr(attempts, "CLEAN_UP", 3600.0)
+    yield lambda: os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def test_sigterm_deletes_the_job_and_ends_the_step(api, train, round_uri):
+def test_sigterm_deletes_the_job_and_ends_the_step(api, train, round_uri, sigterm):
     api.on_create = started(api)
     api.looks = [lambda: None, lambda: None, sigterm]
-    begun, before = time.monotonic(), signal.getsignal(signal.SIGTERM)
+    begun = time.monotonic()
     with pytest.raises(SystemExit) as caught:
         train()
     assert caught.value.code == 143
     assert time.monotonic() - begun < 10
     assert api.deleted == [(job_name(round_uri), "Foreground")]
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_sigterm_does_not_interrupt_the_deletion(api, train, round_uri):
+def test_a_second_sigterm_does_not_interrupt_the_deletion(api, train, round_uri, sigterm):
     api.on_create = started(api)
     api.looks = [lambda: None, lambda: None, sigterm]
-    api.before = lambda verb, resource: sigterm(2) if verb == "delete" else None
+    met = []
+
+    def before(verb, resource):
+        if verb == "delete" and not met:
+            met.append(verb)
+            sigterm()
+            raise Fault(503, "ask again")
+
+    api.before = before
     with pytest.raises(SystemExit):
         train()
     assert api.jobs == {}
 
 
-def test_a_deletion_whose_answer_breaks_is_asked_again(api, train, round_uri):
+def test_a_deletion_whose_answer_breaks_is_asked_again(api, train, round_uri, sigterm):
     api.on_create = started(api)
     api.looks = [lambda: None, lambda: None, sigterm]
     broken = [Fault(0), Fault(503, "busy")]
@@ -184,7 +210,7 @@ def test_a_deletion_whose_answer_breaks_is_asked_again(api, train, round_uri):
     assert time.monotonic() - begun < 10
 
 
-def test_a_job_that_comes_into_being_while_the_step_is_cancelled_is_deleted_too(api, train, round_uri):
+def test_a_job_that_comes_into_being_while_the_step_is_cancelled_is_deleted_too(api, train, round_uri, sigterm):
     """SIGTERM while the request that makes the job is on its way: the first deletion finds nothing."""
     met = []
 
@@ -205,7 +231,7 @@ def test_a_job_that_comes_into_being_while_the_step_is_cancelled_is_deleted_too(
     assert len(api.deleted) == 1
 
 
-def test_a_step_that_cannot_delete_says_what_may_still_run(api, train, round_uri, capsys):
+def test_a_step_that_cannot_delete_says_what_may_still_run(api, train, round_uri, capsys, sigterm):
     api.on_create, api.forbidden = started(api), {("delete", "trainjobs")}
     api.looks = [lambda: None, lambda: None, sigterm]
     with pytest.raises(SystemExit):

@@ -12,7 +12,7 @@ from camopd.rollout import asks_student
 
 TEXT = {"prompt_id": 16, "branch": 8, "finish_reason": 8, "reason": 16}  # bytes a value; most are stored once and referred to
 TEXT_PER_TOKEN = 4  # bytes of English a token of a vocabulary of 150,000
-CHECKPOINT = 3 * FLOAT32  # bytes a parameter: itself and AdamW's two moments (checkpoint.save_checkpoint)
+CHECKPOINT = 3 * FLOAT32  # bytes a parameter: itself and AdamW's two moments (checkpoint.snapshot)
 
 
 def row_bytes(kind: str, numbers: Mapping[str, float]) -> float:

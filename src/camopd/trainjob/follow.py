@@ -7,19 +7,16 @@ A broken connection costs a look and nothing else.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from camopd import plan as layout
+from camopd.attempts import heeding_sigterm
 from camopd.errors import ClusterError
-from camopd.store import Manifest, Store, join
+from camopd.failures import failure_of, forget_failure
+from camopd.store import Manifest, Store
 from camopd.trainjob.cluster import Cluster, Object
 from camopd.trainjob.pods import Death, Logs, cause, condition, deaths, waiting
 from camopd.trainjob.spec import JobSpec, job_name, render
@@ -29,11 +26,6 @@ PENDING = 60.0  # seconds after which pods that do not start are asked why
 REPEAT = 600.0  # seconds after which the same answer is worth another line
 GRACE = 15.0  # seconds after the first pod's death in which the others may say why
 GONE = 600.0  # seconds that a deleted job may take to go: its pods have their time to end
-FAILURE = "train-failure.json"  # what camopd.train leaves below the round, under torchrun, when it fails
-
-
-class StepCancelled(SystemExit):
-    """SIGTERM came: the step is cancelled, or its pod has to go."""
 
 
 def launch_and_follow(
@@ -54,18 +46,18 @@ def launch_and_follow(
     Raises:
         ClusterError: a right, Kubeflow Trainer or an answer is missing.
         CamopdError: the training's own error, in its class; WorkerError when a pod died.
-        StepCancelled: SIGTERM came; the job is deleted.
+        SystemExit: SIGTERM came; the job is deleted.
     """
     spec, uri = JobSpec.model_validate_json(job), layout.checkpoint_uri(round_uri)
     manifest = store.manifest(uri)
     if manifest is not None:
         return manifest
     launch = Launch(cluster or Cluster.connect(), spec, round_uri, store, poll)
-    with _sigterm_raises():
+    with heeding_sigterm():
         try:
             launch.start()
             launch.follow()
-        except (StepCancelled, KeyboardInterrupt):
+        except (SystemExit, KeyboardInterrupt):
             launch.cancel()
             raise
     manifest = store.require(uri)
@@ -90,8 +82,7 @@ class Launch:
         while True:
             job = self._cluster.job(self.name)
             if job is None:
-                # What an earlier attempt left here is not of this one.
-                self._store.write(join(self._round_uri, FAILURE), b"{}")
+                forget_failure(self._round_uri, self._store)
                 if self._cluster.create(render(self._spec, self._round_uri, owner=_owner())):
                     _say(f"TrainJob {self.name}: launched in namespace {self._cluster.namespace}, {self._spec.nodes} nodes")
                     return
@@ -164,9 +155,8 @@ class Launch:
         failed = condition(job, "Failed")
         if not failed:
             self._cluster.delete(self.name)
-        place = join(self._round_uri, FAILURE)
-        record = json.loads(self._store.read(place)) if self._store.stat(place) else {}
-        raise cause(record, list(self._deaths.values()), failed, self._logs, self._spec, self.name)
+        told = failure_of(self._round_uri, self._store)
+        raise cause(told, list(self._deaths.values()), failed, self._logs, self._spec, self.name)
 
     def _tell_why_nothing_runs(self, job: Object, pods: Sequence[Object]) -> None:
         """One line when it has taken long, another when the reason changes; the same one rarely."""
@@ -189,24 +179,6 @@ def _owner() -> Mapping[str, str] | None:
     """The pod of this step, by the variables that KFP gives it."""
     names = {"name": os.environ.get("KFP_POD_NAME", ""), "uid": os.environ.get("KFP_POD_UID", "")}
     return names if all(names.values()) else None
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM as an exception, once: a second one must not interrupt the clearing up. Only the main thread can have it so."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise StepCancelled(128 + signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: Any = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _say(text: str) -> None:

@@ -8,10 +8,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from camopd import errors
-from camopd.errors import CamopdError, InputError, Problem, WorkerError
+from camopd.errors import CamopdError, WorkerError
 from camopd.trainjob.cluster import Cluster, Object
 from camopd.trainjob.spec import NODE, JobSpec
 
@@ -143,7 +141,7 @@ class Logs:
 
 
 def cause(
-    record: Mapping[str, Any],
+    told: CamopdError | None,
     died: Sequence[Death],
     failed: Mapping[str, str],
     logs: Logs,
@@ -154,16 +152,15 @@ def cause(
     that before a pod that was taken away, and that before any other end; among ends the earliest.
 
     Args:
-        record: what the training left of itself, ``{"type", "message", "rank"}``; empty where it left nothing.
+        told: the error that the training left (camopd.failures), if any.
         died: how containers ended.
         failed: the job's condition, empty where it was not waited for.
         logs: what the nodes said; the last lines of the one at fault go to standard error, since they may quote data.
         spec: of the job.
         name: of the job.
     """
-    ours = revived(record)
-    if ours and not isinstance(ours, WorkerError):  # which may be about a neighbour that is gone
-        return ours
+    if told and not isinstance(told, WorkerError):  # which may be about a neighbour that is gone
+        return told
     if failed.get("reason") == "DeadlineExceeded":
         what = f"TrainJob {name} took longer than training.timeout_minutes = {spec.timeout_minutes} of the pools file"
         return WorkerError(f"{what}; raise it and compile again")
@@ -178,28 +175,18 @@ def cause(
     if first is not None:
         for line in logs.tails.get(first.node, ()):
             print(f"[node {first.node}] {line}", file=sys.stderr)
-    told = [str(ours)] if ours else [f"rank {record['rank']} met {record['type']}"] if record.get("type") else []
+    facts = [str(told)] if told else []
     if first is not None:
         end = f"exit code {first.exit_code}" if first.exit_code is not None else first.reason
-        told.append(f"node {first.node} of {spec.nodes} ended with {end}" + (f" ({first.message})" if first.message else ""))
+        facts.append(f"node {first.node} of {spec.nodes} ended with {end}" + (f" ({first.message})" if first.message else ""))
     if failed:
-        told.append(f"{failed.get('reason', 'Failed')}: {failed.get('message', '')}")
-    return WorkerError(f"TrainJob {name} failed: {'; '.join(told)}; see the log of this step")
+        facts.append(f"{failed.get('reason', 'Failed')}: {failed.get('message', '')}")
+    return WorkerError(f"TrainJob {name} failed: {'; '.join(facts)}; see the log of this step")
 
 
 def _rank(death: Death) -> tuple[bool, bool, str]:
     """Pods that were taken away first, those that were ended because of another (143 is SIGTERM) last."""
     return death.exit_code is not None, death.exit_code == 143, death.time
-
-
-def revived(record: Mapping[str, Any]) -> CamopdError | None:
-    """The error that the training wrote down, in its own class: an unhealthy run must stay one. None for what is not ours."""
-    kind = getattr(errors, record.get("type", ""), None)
-    if not (isinstance(kind, type) and issubclass(kind, CamopdError)):
-        return None
-    if kind is InputError:
-        return InputError(Problem(**problem) for problem in record["problems"])
-    return kind(record["message"])
 
 
 def _killed(lines: Iterable[str]) -> bool:
