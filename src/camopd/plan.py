@@ -90,6 +90,7 @@ def training_config(recipe: Recipe, content_ids: dict[str, str]) -> dict[str, An
         "train",
     }
     config = recipe.model_dump(mode="json", include=shaping)
+    config["rollout"] = recipe.rollout.model_dump(mode="json", exclude=set(recipe.rollout.HOW))
     config["train"] = recipe.train.model_dump(mode="json", exclude=set(recipe.train.HOW))
     if recipe.rollout.engine == "vllm":
         config["vllm"] = {"dtype": recipe.vllm.dtype}
@@ -119,6 +120,7 @@ class Plan:
         template_id: digest of the chat template and its switches; a stage that finds another refuses to start.
         max_prompt_tokens: longest prompt that leaves room for the response in every model.
         warnings: sentences for the report.
+        served: what each served teacher said of a fixed text, by content id (camopd.inputs.served).
     """
 
     run_uri: str
@@ -131,10 +133,12 @@ class Plan:
     template_id: str
     max_prompt_tokens: int
     warnings: tuple[str, ...] = field(default_factory=tuple)
+    served: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The part that never changes in a run: everything but the recipe and the place."""
-        record = {k: v for k, v in asdict(self).items() if k not in ("run_uri", "recipe")}
+        without = {"run_uri", "recipe"} | ({"served"} if not self.served else set())
+        record = {k: v for k, v in asdict(self).items() if k not in without}
         return json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from camopd import plan as layout
 from camopd import propose
@@ -15,11 +15,15 @@ from camopd.engines import Engine, Sample, import_engine, load_engine, sample_ba
 from camopd.errors import UnhealthyRunError
 from camopd.plan import Plan
 from camopd.progress import Progress
+from camopd.recipe.served import is_served
 from camopd.records import PromptTable, read_table, write_table
 from camopd.runtime import set_threads
 from camopd.schedule import Schedule, prompt_slice, seed_of, share_slice
 from camopd.shards import Shard, finished_parts, joined, joined_rates, key_of, part_config, rates, shard_uri
 from camopd.store import Manifest, Store, join
+
+if TYPE_CHECKING:
+    from camopd.engines.remote import RemoteEngine
 
 Row = dict[str, Any]
 TABLE = "rollouts.parquet"
@@ -305,7 +309,8 @@ def write_samples(folder: Path, rows: Sequence[Row], plan: Plan) -> dict[str, An
 
 def sampling_config(recipe: Recipe) -> dict[str, Any]:
     """The settings that shape a round's samples."""
-    config = recipe.rollout.model_dump(mode="json") | {"seed": recipe.seed, "steps_per_round": recipe.steps_per_round}
+    config = recipe.rollout.model_dump(mode="json", exclude=set(recipe.rollout.HOW))
+    config |= {"seed": recipe.seed, "steps_per_round": recipe.steps_per_round}
     return config | {"cycle": Schedule.of(recipe).cycle, "top_k": recipe.score.top_k if asks_student(recipe) else 0}
 
 
@@ -329,12 +334,27 @@ def models(plan: Plan, number: int) -> dict[str, list[str]]:
     return branches
 
 
+def connect_teacher(plan: Plan, uri: str) -> RemoteEngine:
+    """The engine of a served teacher, which is still the one that the plan was made with."""
+    from camopd.inputs.served import Probe, connect
+
+    names = [branch.name for branch in plan.recipe.branches if plan.teacher_uri(branch) == uri]
+    expected = Probe.from_record(plan.served[plan.content_ids[f"teacher/{names[0]}"]])
+    longest = plan.max_prompt_tokens + plan.recipe.rollout.max_new_tokens
+    return connect(uri, plan.recipe, vocab_size=plan.vocab_size, longest=longest, expected=expected)
+
+
 @contextmanager
 def engine_at(plan: Plan, uri: str, store: Store) -> Iterator[Engine]:
     """The recipe's engine with the model at ``uri``, closed at the end: what it held on the device is free again."""
     recipe = plan.recipe
+    if is_served(uri):
+        with closing(connect_teacher(plan, uri)) as remote:
+            yield remote
+        return
     store.prefetch(uri)
-    import_engine(recipe.rollout.engine)
+    if recipe.rollout.replicas == 1:  # copies import it each for itself
+        import_engine(recipe.rollout.engine)
     engine = load_engine(
         recipe.rollout.engine,
         store.fetch(uri),
@@ -343,6 +363,7 @@ def engine_at(plan: Plan, uri: str, store: Store) -> Iterator[Engine]:
         batch_tokens=recipe.score.batch_tokens,
         max_length=plan.max_prompt_tokens + recipe.rollout.max_new_tokens,
         vllm=recipe.vllm,
+        replicas=recipe.rollout.replicas,
     )
     with closing(engine):
         yield engine

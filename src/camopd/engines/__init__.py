@@ -129,10 +129,8 @@ def sample_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 def import_engine(name: str) -> None:
     """Do the imports of an engine, which take seconds: its weights may come meanwhile."""
-    if name == "transformers":
-        import_module("camopd.engines.transformers")
-    elif find_spec(name) is not None:
-        import_module(name)
+    if find_spec(name) is not None:  # what is not installed is said where the engine is loaded
+        import_module(f"camopd.engines.{name}")  # ours, which sets what vLLM reads when it is imported
 
 
 def load_engine(
@@ -144,6 +142,7 @@ def load_engine(
     batch_tokens: int,
     max_length: int,
     vllm: VLLM | None = None,
+    replicas: int = 1,
     sleeps: bool = False,
 ) -> Engine:
     """The engine of that name with the model at ``path``; heavy imports happen here.
@@ -156,26 +155,33 @@ def load_engine(
         batch_tokens: padded tokens of one scoring pass.
         max_length: longest sequence, prompt and response together; vLLM sizes its cache by it.
         vllm: the recipe's table of that name; None is its defaults.
+        replicas: copies of the model in processes of their own, which share the work; each has its own GPUs.
         sleeps: a vLLM engine that shares its device with a trainer, see ``camopd.engines.colocated``.
 
     Raises:
         ValueError: an engine that does not exist.
-        InputError: a model that the engine does not take, or an engine that is not installed.
+        InputError: a model that the engine does not take, an engine that is not installed, or fewer GPUs than needed.
         EngineError: vLLM does not start.
     """
-    limits = {"vocab_size": vocab_size, "batch_size": batch_size, "batch_tokens": batch_tokens}
+    if name not in ("transformers", "vllm"):
+        raise ValueError(f"rollout.engine {name!r} is not known; use transformers or vllm")
+    if name == "vllm" and find_spec("vllm") is None:
+        what, fix = "vLLM is not installed here", "run this stage in the inference environment, or use transformers"
+        raise InputError([Problem("rollout.engine", what, fix)])
+    from camopd.config import VLLM
+
+    limits, settings = {"vocab_size": vocab_size, "batch_size": batch_size, "batch_tokens": batch_tokens}, vllm or VLLM()
+    if replicas > 1:
+        from camopd.engines.replicas import Replicas
+
+        engine = {"name": name, "path": str(path), "max_length": max_length, "vllm": settings.model_dump(mode="json")}
+        return Replicas(replicas, settings.tensor_parallel_size if name == "vllm" else 1, engine | limits)
     if name == "transformers":
         from camopd.engines.transformers import TransformersEngine, load_model
 
         return TransformersEngine(load_model(path), **limits)
-    if name == "vllm":
-        if find_spec("vllm") is None:
-            what, fix = "vLLM is not installed here", "run this stage in the inference environment, or use transformers"
-            raise InputError([Problem("rollout.engine", what, fix)])
-        from camopd.config import VLLM
-        from camopd.engines.colocated import ColocatedVllm
-        from camopd.engines.vllm import VllmEngine
+    from camopd.engines.colocated import ColocatedVllm
+    from camopd.engines.vllm import VllmEngine
 
-        make = ColocatedVllm if sleeps else VllmEngine
-        return make(path, **limits, max_length=max_length, settings=vllm or VLLM())
-    raise ValueError(f"rollout.engine {name!r} is not known; use transformers or vllm")
+    make = ColocatedVllm if sleeps else VllmEngine
+    return make(path, **limits, max_length=max_length, settings=settings)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from camopd.config import Recipe
 from camopd.estimate.assumptions import GIGA, Assumptions
-from camopd.estimate.memory import Memory, fitted, rollout_memory, score_memory, train_parts
+from camopd.estimate.memory import Memory, alone_parts, fitted, rollout_memory, score_memory, train_parts
 from camopd.estimate.shapes import FLOAT32, ModelShape
 
 Shapes = Mapping[str, ModelShape]  # by ``student`` and branch
@@ -29,9 +29,7 @@ def phases(recipe: Recipe, shapes: Shapes, given: Assumptions) -> dict[str, dict
     """
     student, teachers, vllm = shapes["student"], teachers_of(recipe, shapes), given.refills(recipe)
     whole = replace(given, dtype="float32", engine="transformers")
-    state, training = train_parts(student, recipe, given)
-    if "gathered" in training:
-        training["gathered"] = float(given.width * student.parameters)  # one GPU gathers nothing: a copy, see train_memory
+    (state, _), training = train_parts(student, recipe, given), alone_parts(student, recipe, given)
     if recipe.score.signal == "full":
         responses = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt * recipe.rollout.max_new_tokens
         training["teacher's hidden states"] = float(FLOAT32 * responses * student.hidden)
