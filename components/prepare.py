@@ -45,7 +45,7 @@ def prepare(
         settings: The effective settings.
 
     Returns:
-        The prefix of each round, in order.
+        The prefix of each round, in order; of the last one alone where one pod does them all.
     """
     form = {name: value for name, value in locals().items() if name.startswith(("input_", "method_", "output_"))}
     from camopd.workflow import prepare

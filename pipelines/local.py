@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.live import Live
 
 from camopd import workflow
-from camopd.config import load_recipe
 from camopd.errors import CamopdError, InputError, Problem
 from camopd.outcome import describe, print_result, result_of
 from camopd.plan import Plan
@@ -156,7 +155,6 @@ def recover(recipe: str, assignments: Sequence[str], console: Console, *, contai
     if containers:
         os.umask(0o002)
         recipe, parameters = absolute_form(recipe, parameters)
-    workflow.require_stages(load_recipe(recipe, parameters, store=store))
     # The pipeline begins with the same step; here it says at once what is wrong and whether anything is left to do.
     plan = Plan.load(store, workflow.prepare(recipe, parameters, store=store).uri)
     result, folder = result_of(plan, store), log_folder(plan.run_uri)

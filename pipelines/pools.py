@@ -153,11 +153,16 @@ class TrainingPool(Pool):
 
 
 class Pools(_Table):
-    """The three pools: ``cpu`` decides and registers, ``inference`` samples and scores, ``training`` updates."""
+    """The pools: ``cpu`` decides and registers, ``inference`` samples and scores, ``training`` updates.
+
+    ``colocated`` is for the one pod of ``execution = "colocated"``, which is one process: its GPU is larger or its image
+    another where it is named, and it is ``training``'s where not.
+    """
 
     cpu: Pool = Pool()
     inference: Pool = Pool()
     training: TrainingPool = TrainingPool()
+    colocated: Pool | None = None
 
     @model_validator(mode="after")
     def _cpu_is_cpu(self) -> Pools:
@@ -197,7 +202,7 @@ _PATTERNS = {
 
 def _problem(path: Path, place: tuple[int | str, ...], kind: str, message: str) -> Problem:
     fixes = {
-        "extra_forbidden": "the pools are cpu, inference and training; their settings are in pipelines/pools.example.toml",
+        "extra_forbidden": "the pools are cpu, inference, training and colocated; see pipelines/pools.example.toml",
         "string_pattern_mismatch": _PATTERNS.get(place[1] if len(place) > 1 else "", _PATTERNS[""]),
     }
     where = ".".join(map(str, place))

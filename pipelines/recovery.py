@@ -1,5 +1,7 @@
 """The graph: prepare -> [begin -> rollout -> score -> select -> train] x rounds -> evaluate -> promote.
 
+Where the recipe says ``execution = "colocated"`` the loop has one turn, and one pod does every round in it.
+
 Rounds are a run-time parameter: one loop over the prefixes that ``prepare`` returns, so that the compiled file does not grow.
 A round whose recipe asks for shards takes another way through it: several pods sample, several score for each branch.
 Each iteration starts on CPU and lets nothing dear start when the round is done, the run stopped, or the round before is
@@ -13,6 +15,7 @@ from components.evaluate import evaluate
 from components.gather import gather
 from components.prepare import prepare
 from components.promote import promote
+from components.recover import recover
 from components.report_outcome import report_outcome
 from components.rollout import rollout
 from components.score import score
@@ -25,6 +28,7 @@ from pipelines.pools import Pools
 def make_pipeline(pools: Pools) -> dsl.base_component.BaseComponent:
     """The recovery for these pools. A task is one component, placed on one pool, with a name for people."""
     cpu, inference = pools.cpu.place, pools.inference.place
+    colocated = (pools.colocated or pools.training).place
 
     def scored(score_uris: dsl.PipelineTask, turns: str) -> dsl.PipelineTask:
         """A teacher for each prefix that a task returned."""
@@ -107,6 +111,8 @@ def make_pipeline(pools: Pools) -> dsl.base_component.BaseComponent:
                         part = inference(rollout(round_uri=shard_uri)).set_display_name("Rollout: sample a shard")
                     joined = cpu(gather(round_uri=round_uri)).after(part).set_display_name("Gather: join the shards")
                     trained(round_uri, after=scored(joined, "score shards"))
+                with dsl.If(begun.output == "colocated", name="colocated"):
+                    colocated(recover(round_uri=round_uri)).set_display_name("Recover: all rounds in one pod")
             gate = inference(evaluate(rounds=prepared.outputs["Output"]).after(work))
             gate.set_display_name("Evaluate: before and after")
             with dsl.If(gate.outputs["Output"] == "pass", name="passed"):

@@ -361,7 +361,11 @@ def test_signals_that_fit(parameters: dict) -> None:
     ("parameters", "place", "words"),
     [
         ({"rollout.engine": "vlm"}, "rollout.engine", "did you mean 'vllm'"),
-        ({"rollout.engine": "vllm", "execution": "colocated"}, "recipe (rollout)", "use engine transformers"),
+        (
+            {"rollout.engine": "vllm", "execution": "colocated", "method": "off-policy-kd"},
+            "recipe (rollout)",
+            "from the student alone",
+        ),
         (
             {"rollout.engine": "vllm", "score.signal": "topk", "score.top_k_of": "student"},
             "recipe (score)",
@@ -381,6 +385,12 @@ def test_vllm_may_sample_and_score_in_stages() -> None:
     for score in ({}, {"score.signal": "topk"}, {"score.top_k_of": "student"}):  # of a signal that has no top k
         recipe = load_recipe(MINIMAL, {"rollout.engine": "vllm", **score})
         assert (recipe.rollout.engine, recipe.execution) == ("vllm", "staged")
+
+
+@pytest.mark.parametrize("score", [{}, {"score.signal": "topk", "score.top_k_of": "student"}, {"score.signal": "full"}])
+def test_beside_the_trainer_vllm_samples_and_the_teachers_know_every_signal(score: dict) -> None:
+    recipe = load_recipe(MINIMAL, {"rollout.engine": "vllm", "execution": "colocated", **score})
+    assert recipe.score.signal == score.get("score.signal", "sampled")
 
 
 @pytest.mark.parametrize(

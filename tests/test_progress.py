@@ -7,15 +7,27 @@ from camopd.progress import Progress
 
 def test_a_log_gets_lines_with_speed_and_what_is_left(capsys, monkeypatch) -> None:
     monkeypatch.delenv("CAMOPD_PROGRESS", raising=False)
-    progress = Progress("recover", total=4, unit="steps", done=2, every=0.0)
+    progress = Progress("train", total=4, unit="steps", done=2, every=0.0)
     progress.advance(1, tokens=50, note="gap general 0.832")
     progress.advance(1, tokens=50, note="gap domain 0.002")
     first, middle, last = capsys.readouterr().err.splitlines()
-    assert first == "recover: 2/4 steps"
-    assert middle.startswith("recover: 3/4 steps, ")
+    assert first == "train: 2/4 steps"
+    assert middle.startswith("train: 3/4 steps, ")
     assert middle.endswith(" s left, gap general 0.832")  # one of the two that this attempt has to do
-    assert last.startswith("recover: 4/4 steps, ")
+    assert last.startswith("train: 4/4 steps, ")
     assert "left" not in last
+
+
+def test_what_is_left_counts_the_rounds_that_follow(capsys, monkeypatch) -> None:
+    monkeypatch.delenv("CAMOPD_PROGRESS", raising=False)
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    progress = Progress("recover", total=2, unit="steps", round_number=1, num_rounds=3, later=4, every=0.0)
+    for clock[0] in (10.0, 16.0):
+        progress.advance(1)
+    _, first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith(", 50 s left"), "five steps of ten seconds"
+    assert second.endswith(", 32 s left"), "four of eight"
 
 
 def test_in_between_nothing_is_said(capsys, monkeypatch) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from camopd import plan as layout
-from camopd import workflow
+from camopd import rounds, workflow
 from camopd.errors import InputError, UnhealthyRunError
 from camopd.outcome import describe
 from camopd.plan import Plan
@@ -121,21 +121,12 @@ def test_the_stages_refuse_the_whole_vocabulary(tmp_path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_pipeline_refuses_a_recovery_in_one_process(tmp_path, monkeypatch) -> None:
-    """Before anything is started, and its exit handler says why."""
-    monkeypatch.setenv("KFP_RUN_ID", "job-1")
-    with pytest.raises(InputError, match="works in stages"):
-        workflow.prepare("micro", {"output_uri": str(tmp_path), "execution": "colocated"}, job="job-1")
-    assert [path.name for path in tmp_path.iterdir()] == ["jobs"]
-    assert "works in stages" in workflow.outcome("micro", str(tmp_path), job="job-1", succeeded=False)
-
-
 # --- The whole run --------------------------------------------------------------------------------------------------------
 
 
 def everything(run_uri: str) -> dict[str, int]:
     """Time of the last change of every file of a run, the records of the last call aside."""
-    rewritten = ("recipe.json", "settings.md", "release/", "tracking")
+    rewritten = ("recipe.json", "settings.md", "release/", "attempts/release", "tracking")
     files = (path for path in Path(run_uri).rglob("*") if path.is_file())
     times = {path.relative_to(run_uri).as_posix(): path.stat().st_mtime_ns for path in files}
     return {name: time for name, time in times.items() if not name.startswith(rewritten)}
@@ -223,7 +214,7 @@ def test_more_rounds_go_on_where_fewer_ended(tmp_path) -> None:
 
 def test_a_round_that_another_process_finished_is_gone_on_from(tmp_path, monkeypatch) -> None:
     """Both run the same recovery; this one finds round 2 done when it comes to it, and its own model is a round behind."""
-    begin = workflow.begin
+    begin = rounds.begin
 
     def begin_after_the_other(round_uri: str, *, store: Store) -> str:
         run_uri, number = layout.run_and_round(round_uri)
@@ -231,6 +222,6 @@ def test_a_round_that_another_process_finished_is_gone_on_from(tmp_path, monkeyp
             Session(Plan.load(store, run_uri), 2, store).round(2)
         return begin(round_uri, store=store)
 
-    monkeypatch.setattr(workflow, "begin", begin_after_the_other)
+    monkeypatch.setattr(rounds, "begin", begin_after_the_other)
     done = recover("micro", {**SMALL, "output": str(tmp_path / "a"), "num_rounds": 3})
     assert weights(done.run_uri) == weights(in_one_process(tmp_path / "b", num_rounds=3))

@@ -1,7 +1,9 @@
 import pytest
 
 from camopd import plan as layout
+from camopd.config import load_recipe
 from camopd.errors import StoreError
+from camopd.plan import Plan
 from camopd.rounds import begin, begin_turn, record_stop, stop_reason
 from camopd.store import Store
 from tests.finished import make_plan
@@ -56,6 +58,30 @@ def test_a_turn_of_the_loop_goes_by_the_recipe_s_shards(tmp_path, shards) -> Non
 def test_a_run_that_was_not_prepared_is_named(tmp_path) -> None:
     with pytest.raises(StoreError, match=r"plan is not finished"):
         begin(str(tmp_path / "run" / "rounds" / "0001"))
+
+
+@pytest.mark.parametrize(("execution", "fresh"), [("staged", "go"), ("colocated", "colocated")])
+def test_a_turn_of_the_loop_is_a_round_or_all_of_them(tmp_path, execution, fresh) -> None:
+    store, recipe = Store(), load_recipe("micro", {"execution": execution, "num_rounds": 3, "output": str(tmp_path)})
+    plan = Plan(str(tmp_path / "run"), recipe, {}, 1, (0,), 0, {}, "", 1)
+
+    def write(folder):
+        (folder / "plan.json").write_text(plan.to_json())
+        return {}
+
+    store.produce(layout.plan_uri(plan.run_uri), stage="prepare", config={}, inputs={}, write=write)
+    store.write(f"{plan.run_uri}/recipe.json", recipe.model_dump_json().encode())
+    first, last = plan.rounds[0], plan.rounds[-1]
+    assert begin_turn(first, store=store) == fresh
+    if execution == "colocated":
+        assert begin_turn(last, store=store) == "colocated", "it does the rounds before by itself"
+    else:
+        with pytest.raises(StoreError, match="round 3 cannot start"):
+            begin_turn(last, store=store)
+    record_stop(plan.run_uri, stage="train", round_number=1, reason="loss nan is not finite", store=store)
+    assert begin_turn(first, store=store) == "stop"
+    finish(store, layout.checkpoint_uri(last), "train")
+    assert begin_turn(last, store=store) == "done"
 
 
 @pytest.mark.parametrize("uri", ["/runs/x", "/runs/x/rounds", "/runs/x/rounds/first", "/runs/x/turns/0001"])

@@ -146,9 +146,9 @@ class Recipe(Section):
     @field_validator("rollout")
     @classmethod
     def _engine_fits(cls, rollout: Rollout, info: ValidationInfo) -> Rollout:
-        if rollout.engine == "vllm" and info.data.get("execution") == "colocated":
+        if rollout.engine == "vllm" and rollout.sampler == "teacher" and info.data.get("execution") == "colocated":
             raise ValueError(
-                "engine vllm keeps a model of its own, and execution colocated samples from the one in training: use engine "
+                "engine vllm with execution colocated samples from the student alone, and here the teachers answer: use engine "
                 "transformers, or execution staged"
             )
         if rollout.replicas > 1 and info.data.get("execution") == "colocated":
@@ -169,9 +169,13 @@ class Recipe(Section):
         if score.signal not in allowed:
             problems.append(f"method {method} is defined for signal {' or '.join(allowed)}, not {score.signal}")
         if score.signal == "full" and info.data.get("execution") == "staged":
-            problems.append("signal full needs student and teacher in one process: use `camopd recover`, or topk")
+            problems.append(
+                "signal full needs student and teacher in one process: set execution to colocated, as `camopd recover` "
+                "does, or use topk"
+            )
         rollout = info.data.get("rollout", Rollout())
-        if score.signal == "topk" and score.top_k_of == "student" and rollout.engine == "vllm":
+        staged = info.data.get("execution") != "colocated"
+        if score.signal == "topk" and score.top_k_of == "student" and rollout.engine == "vllm" and staged:
             problems.append("top_k_of student needs log-probabilities of given tokens, which engine vllm has not; use teacher")
         served = [branch.name for branch in branches if branch.is_served]
         if served and score.signal == "topk" and score.top_k_of == "student":

@@ -23,6 +23,7 @@ class Progress:
         round_number: the round and ``num_rounds`` of how many, where the stage belongs to one.
         branch: the branch at work, where there is one; may change by ``advance``.
         done: what an earlier attempt has finished.
+        later: what follows at the same speed when this is done, and counts for the time that is left.
         waited: seconds that were spent waiting for the store until now, ``Store.waited``.
     """
 
@@ -36,11 +37,12 @@ class Progress:
         num_rounds: int = 0,
         branch: str = "",
         done: int = 0,
+        later: int = 0,
         waited: Callable[[], float] = lambda: 0.0,
         every: float = 2.0,
     ) -> None:
         self._fixed = {"stage": stage, "round": round_number, "rounds": num_rounds, "unit": unit}
-        self._total, self._branch, self._every = total, branch, every
+        self._total, self._later, self._branch, self._every = total, later, branch, every
         self._before = self._done = done
         self._tokens, self._note = 0, ""
         self._waited, self._waited_before = waited, waited()
@@ -98,6 +100,7 @@ class Progress:
         share = self._waiting_share(seconds)
         if share >= 0.01:
             parts.append(f"{share:.0%} of the time waiting for the store")
-        if self._before < self._done < self._total:
-            parts.append(f"{seconds * (self._total - self._done) / (self._done - self._before):,.0f} s left")
+        left = self._total - self._done + self._later
+        if self._before < self._done and left:
+            parts.append(f"{seconds * left / (self._done - self._before):,.0f} s left")
         return ", ".join(parts + [self._note] * bool(self._note))

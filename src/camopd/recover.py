@@ -1,5 +1,8 @@
 """The whole recovery in one process: the exact Algorithm 1, with a fresh batch for every update.
 
+With ``rollout.engine = "vllm"`` the student samples by vLLM, in processes of its own on the same device, which sleep while it
+is scored and trained and wake up with its new weights. Teachers are asked in this process.
+
     from camopd.recover import recover
 
     recovered = recover("recipes/micro.toml", {"seed": 2})
@@ -15,21 +18,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedModel
 
 from camopd import plan as layout
 from camopd import rollout, score, select
-from camopd.engines import Engine
+from camopd.engines import Engine, load_engine
 from camopd.engines.transformers import TransformersEngine, load_model
 from camopd.plan import Plan
 from camopd.progress import Progress
 from camopd.runtime import set_threads
 from camopd.store import Store
 from camopd.train import Trainer, selected_rows, training_config
+
+if TYPE_CHECKING:
+    from camopd.engines.colocated import ColocatedVllm
 
 
 @dataclass(frozen=True)
@@ -95,15 +102,20 @@ class Session:
         plan: a prepared run.
         number: the round that the session begins with.
         store: where the models lie.
+
+    Raises:
+        EngineError: vLLM does not start.
+        InputError: a model that the engine does not take, or vLLM is not installed.
     """
 
     def __init__(self, plan: Plan, number: int, store: Store) -> None:
         set_threads(plan.recipe.num_threads)
         rollout.teacher_prompts(plan, store)
         self.plan, self._store = plan, store
+        # vLLM first: it takes its share of the device when nobody else is there yet, and gives it back when it sleeps.
+        self._vllm = self._sleeping(number) if plan.recipe.rollout.engine == "vllm" else None
         self.trainer = Trainer.load(plan, number, store)
-        done = self.trainer.schedule.step
-        self._progress = Progress("recover", total=plan.num_steps, unit="steps", done=done)
+        self.trainer.fresh = True
         self.tables = rollout.PromptTables(plan, store)
         models = _teachers(plan, store)
         engines = {id(model): self._engine(model) for model in models.values()}
@@ -111,7 +123,7 @@ class Session:
         if plan.recipe.score.signal == "full":
             weights = {name: model.get_output_embeddings().weight for name, model in models.items()}
             self.trainer.teacher_weights = weights
-        student = self._engine(self.trainer.model)
+        student = self._vllm or self._engine(self.trainer.model)
         of_student = dict.fromkeys(models, student)
         self._samplers: Mapping[str, Engine] = self._teachers if plan.recipe.rollout.sampler == "teacher" else of_student
 
@@ -124,6 +136,26 @@ class Session:
             batch_tokens=recipe.score.batch_tokens,
         )
 
+    def _sleeping(self, number: int) -> ColocatedVllm:
+        """vLLM with the model that round ``number`` begins with, asleep."""
+        recipe = self.plan.recipe
+        engine = load_engine(
+            "vllm",
+            self._store.fetch(self.plan.student_uri(number)),
+            vocab_size=self.plan.vocab_size,
+            batch_size=recipe.rollout.batch_size,
+            batch_tokens=recipe.score.batch_tokens,
+            max_length=self.plan.max_prompt_tokens + recipe.rollout.max_new_tokens,
+            vllm=recipe.vllm,
+            sleeps=True,
+        )
+        return cast("ColocatedVllm", engine)
+
+    def close(self) -> None:
+        """End what runs in other processes."""
+        if self._vllm:
+            self._vllm.close()
+
     def step(self) -> tuple[list[rollout.Row], dict[str, Any]]:
         """One iteration of Algorithm 1: sample, score, select, update. Returns what was sampled and the update's record."""
         batch, rows = self.collect()
@@ -134,7 +166,9 @@ class Session:
         active = self.trainer.schedule.active
         batch = rollout.requests(self.plan, self.trainer.schedule, 1, self.tables.num_teacher_prompts)
         self.tables.fill(batch)
-        rollout.sample_rows(self._samplers, batch, self.plan)
+        self.trainer.optimizer.zero_grad(set_to_none=True)  # room for who samples
+        with self._vllm.awake(self.trainer.model) if self._vllm else nullcontext():
+            rollout.sample_rows(self._samplers, batch, self.plan)
         own = {name: [row for row in batch if row["branch"] == name] for name in active}
         scored = [row for name in active for row in score.score_rows(self._teachers[name], own[name], self.plan)]
         chosen = selected_rows(batch, scored, select.select_rows(batch, scored, self.plan))
@@ -151,12 +185,16 @@ class Session:
 
         def write(folder: Path) -> dict[str, Any]:
             begun = time.monotonic()
+            steps, rounds = plan.recipe.steps_per_round, plan.recipe.num_rounds
+            progress = Progress(
+                "recover", total=steps, unit="steps", round_number=number, num_rounds=rounds, later=steps * (rounds - number)
+            )
             sampled: list[rollout.Row] = []
-            for _ in range(plan.recipe.steps_per_round):
+            for _ in range(steps):
                 batch, record = self.step()
                 sampled += batch
                 gaps = ", ".join(f"{name} {own['gap']:.3f}" for name, own in record["branches"].items())
-                self._progress.advance(1, tokens=record["tokens"], note=f"gap {gaps}")
+                progress.advance(1, tokens=record["tokens"], note=f"gap {gaps}")
             first = store.require(layout.checkpoint_uri(plan.rounds[0])).metrics if number > 1 else {}
             numbers = rollout.health(sampled, plan, first) | self.trainer.save(folder, store)
             return numbers | {"tokens_per_second": numbers["tokens"] / (time.monotonic() - begun)}

@@ -1,4 +1,4 @@
-"""Whether a round may start. Works from manifests alone: a CPU pod asks this before anything that wants a GPU."""
+"""Whether a round may start. Works from the run's records alone: a CPU pod asks this before anything that wants a GPU."""
 
 from __future__ import annotations
 
@@ -30,11 +30,22 @@ def begin(round_uri: str, *, store: Store | None = None) -> Literal["go", "done"
     return "go"
 
 
-def begin_turn(round_uri: str, *, store: Store | None = None) -> Literal["go", "shards", "done", "stop"]:
-    """``begin``, and ``shards`` in place of ``go`` where several pods share the round's sampling and scoring."""
+def begin_turn(round_uri: str, *, store: Store | None = None) -> Literal["go", "shards", "colocated", "done", "stop"]:
+    """What a turn of the pipeline's loop is to do: as ``begin``, with ``shards`` in place of ``go`` where several pods share
+    the round's sampling and scoring, and ``colocated`` where one process is to do the whole run.
+
+    In that case the loop has a single turn, over the last round's prefix, and that process asks ``begin`` for each round.
+
+    Raises:
+        StoreError: as ``begin``.
+    """
     store = store or Store()
-    state, (run_uri, _) = begin(round_uri, store=store), layout.run_and_round(round_uri)
-    return "shards" if state == "go" and Plan.load(store, run_uri).recipe.shards > 1 else state
+    run_uri, _ = layout.run_and_round(round_uri)
+    recipe = Plan.load(store, run_uri).recipe
+    if recipe.execution == "staged" or store.manifest(layout.checkpoint_uri(round_uri)) is not None:
+        state = begin(round_uri, store=store)
+        return "shards" if state == "go" and recipe.shards > 1 else state
+    return "stop" if stop_reason(run_uri, store=store) is not None else "colocated"
 
 
 def record_stop(run_uri: str, *, stage: str, round_number: int, reason: str, store: Store) -> None:

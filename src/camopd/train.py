@@ -51,16 +51,16 @@ def selected_rows(rollouts: Iterable[Row], scored: Iterable[Row], selection: Ite
     return {step: list(group) for step, group in groupby(sorted(rows, key=by_step), key=by_step)}
 
 
-def check_fresh(engine_gap: float, limit: float) -> None:
-    """Before the first update trainer and engine hold the same weights: a large gap means one of them does not.
+def check_fresh(engine_gap: float, limit: float, remedy: str = "remove the round's rollout") -> None:
+    """Before an update on fresh rollouts trainer and engine hold the same weights: a large gap means one of them does not.
 
     Raises:
         UnhealthyRunError: mean |log p_engine - log p_trainer| above ``limit`` nats (healthy 0.01 to 0.02, stale weights 0.2).
     """
     if engine_gap > limit:
         raise UnhealthyRunError(
-            f"mean |log p_engine - log p_trainer| is {engine_gap:.3f} nats before the round's first update, above "
-            f"train.max_engine_gap = {limit}: the rollouts are not this checkpoint's; remove the round's rollout"
+            f"mean |log p_engine - log p_trainer| is {engine_gap:.3f} nats on fresh rollouts, above "
+            f"train.max_engine_gap = {limit}: they were not sampled from the weights in training; {remedy}"
         )
 
 
@@ -77,6 +77,7 @@ class Trainer:
         records: what each update since the last save had to tell.
         teacher_weights: of the teachers' output layers by branch, for the full signal.
         latest: the last batch of each branch since the last save, for the diagnostics.
+        fresh: whether every batch is sampled from the weights that it updates; else the first after a save is.
     """
 
     plan: Plan
@@ -87,6 +88,7 @@ class Trainer:
     records: list[dict[str, Any]] = field(default_factory=list)
     teacher_weights: Mapping[str, Tensor] = field(default_factory=dict)
     latest: dict[str, Sequence[Row]] = field(default_factory=dict)
+    fresh: bool = False
 
     @classmethod
     def load(cls, plan: Plan, number: int, store: Store, within: str | None = None) -> Trainer:
@@ -142,7 +144,9 @@ class Trainer:
             vocab_size=self.plan.vocab_size,
             teacher_weights=self.teacher_weights,
         )
-        if not self.records:
+        if self.fresh:
+            check_fresh(numbers["engine_gap"], recipe.train.max_engine_gap, "look at the log of the engine")
+        elif not self.records:
             check_fresh(numbers["engine_gap"], recipe.train.max_engine_gap)
         counts = batch_numbers(batch, kept)
         branches = {name: own | numbers["branches"].get(name, NOTHING_TRAINED) for name, own in counts.items()}

@@ -6,6 +6,7 @@ costs a log line here and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from camopd import outcome as outcomes
 from camopd import plan as layout
 from camopd import rounds
-from camopd.config import Recipe, load_recipe
-from camopd.errors import InputError, Problem, UnhealthyRunError
+from camopd.config import load_recipe
+from camopd.errors import UnhealthyRunError
 from camopd.estimate.pods import check_pods
 from camopd.estimate.work import scored_branches
 from camopd.outcome import Recorded
@@ -38,7 +39,7 @@ class Done:
         uri: the prefix it wrote; the run's own for prepare.
         metrics: headline numbers, all finite.
         document: the page for people: settings (prepare), report (evaluate), release (promote).
-        rounds: prefix of each round (prepare).
+        rounds: the turns of the pipeline's loop (prepare): each round's prefix; colocated the last one's, which stands for all.
         score_uris: prefixes of the teachers' scores, one a branch and shard (rollout, gather).
         decision: "pass" or "fail" (evaluate).
         release: name, version, alias and status (promote).
@@ -82,7 +83,6 @@ def prepare(recipe: str, parameters: Mapping[str, Any] | None = None, *, job: st
     with outcomes.job_record(recipe, parameters.get("output_uri", AS_IN_RECIPE), job, store=store) as record:
         loaded = load_recipe(recipe, parameters)
         if job:
-            require_stages(loaded)
             check_pods(loaded, scored_branches(loaded))
         plan = stage.run(loaded, store=store)
         record["run"] = plan.run_uri
@@ -91,14 +91,8 @@ def prepare(recipe: str, parameters: Mapping[str, Any] | None = None, *, job: st
     tracking.sync(plan.run_uri, store=store, tracker=tracker)
     plan_uri = layout.plan_uri(plan.run_uri)
     settings = store.read(join(plan.run_uri, "settings.md")).decode()
-    return Done(plan.run_uri, headline(store.require(plan_uri).metrics), settings, rounds=plan.rounds)
-
-
-def require_stages(recipe: Recipe) -> None:
-    """Raises InputError for a recipe that is done in one process, which no pipeline can do."""
-    if recipe.execution == "colocated":
-        what, fix = "the pipeline works in stages", "set it to staged, or use `camopd recover` on one machine"
-        raise InputError([Problem("execution", what, fix)])
+    turns = plan.rounds[-1:] if plan.recipe.execution == "colocated" else plan.rounds
+    return Done(plan.run_uri, headline(store.require(plan_uri).metrics), settings, rounds=turns)
 
 
 def begin(round_uri: str, *, store: Store | None = None) -> str:
@@ -210,6 +204,23 @@ def _train_in_pods(round_uri: str, job: str, store: Store) -> Manifest:
     return launch_and_follow(job, round_uri, store=store)
 
 
+def recover(round_uri: str, *, store: Store | None = None) -> Done:
+    """Every round up to this one in this process, from the first that is not finished: ``execution = "colocated"``.
+
+    Args:
+        round_uri: the run's last round.
+        store: where to read and write.
+
+    Raises:
+        UnhealthyRunError: the run stopped itself, now or in an earlier call.
+    """
+    store = store or Store()
+    run_uri, _ = layout.run_and_round(round_uri)
+    _colocated(Plan.load(store, run_uri), store)
+    uri = layout.checkpoint_uri(round_uri)
+    return Done(uri, headline(store.require(uri).metrics))
+
+
 def evaluate(run_uri: str, *, store: Store | None = None) -> Done:
     from camopd import evaluate as stage
     from camopd import tracking
@@ -309,14 +320,16 @@ def _colocated(plan: Plan, store: Store) -> None:
 
     tracker = tracking.tracker_for(plan.recipe.tracking)
     session: Session | None = None
-    for number, round_uri in enumerate(plan.rounds, 1):
-        if not _may_start(round_uri, plan, store):
-            session = None  # another process may have finished it meanwhile: what is in memory is not its checkpoint
-            continue
-        with _recorded(round_uri, "train", layout.checkpoint_uri(round_uri), store):
-            session = session or Session(plan, number, store)
-            session.round(number)
-        tracking.sync(plan.run_uri, store=store, tracker=tracker)
+    with contextlib.ExitStack() as opened:
+        for number, round_uri in enumerate(plan.rounds, 1):
+            if not _may_start(round_uri, plan, store):
+                session = None  # another process may have finished it meanwhile: what is in memory is not its checkpoint
+                opened.close()
+                continue
+            with _recorded(round_uri, "train", layout.checkpoint_uri(round_uri), store):
+                session = session or opened.enter_context(contextlib.closing(Session(plan, number, store)))
+                session.round(number)
+            tracking.sync(plan.run_uri, store=store, tracker=tracker)
 
 
 def _may_start(round_uri: str, plan: Plan, store: Store) -> bool:

@@ -4,13 +4,15 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from camopd import workflow
 from camopd.errors import InputError
 from camopd.outcome import registered
-from pipelines.local import last_words, recover, run_form
+from pipelines.local import last_words, run_form
+from tests.integration.runs import weights
 
 LOG = """\
 10:00:00.100 - INFO - Executing task \x1b[96m'rollout'\x1b[0m
@@ -104,7 +106,7 @@ def test_killed_and_started_again_it_ends_like_an_unbroken_run(small_recipe, mlf
         recipe = spread if output == "killed" else small_recipe
         return [str(recipe), "--set", f"output={tmp_path / output}", "--set", "num_rounds=2"]
 
-    def weights(output: str) -> bytes:
+    def last_weights(output: str) -> bytes:
         (path,) = (tmp_path / output).glob("*/rounds/0002/train/model.safetensors")
         return path.read_bytes()
 
@@ -126,7 +128,7 @@ def test_killed_and_started_again_it_ends_like_an_unbroken_run(small_recipe, mlf
         assert again.returncode == 0, text
         assert "Gate:     passed" in text
         assert "Registry: camopd-recovered version" in text
-    assert weights("killed") == weights("unbroken")
+    assert last_weights("killed") == last_weights("unbroken")
 
     begun = time.monotonic()
     with start(*arguments("killed"), database=mlflow_sqlite) as last:
@@ -135,11 +137,31 @@ def test_killed_and_started_again_it_ends_like_an_unbroken_run(small_recipe, mlf
     assert time.monotonic() - begun < 30
 
 
-def test_a_recovery_in_one_process_is_refused_before_anything_is_started(small_recipe, tmp_path):
-    small_recipe.write_text(f'execution = "colocated"\noutput = "{tmp_path}/runs"\n' + small_recipe.read_text())
-    with pytest.raises(InputError, match="execution: the pipeline works in stages"):
-        recover(str(small_recipe), [], Console())
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.slow
+def test_all_rounds_in_one_pod_killed_and_started_again_are_those_of_the_command_line(small_recipe, mlflow_sqlite, tmp_path):
+    """Killed after a round, it goes on from there in a new pipeline run, with the bytes of an unbroken ``camopd recover``."""
+    small_recipe.write_text('execution = "colocated"\nsteps_per_round = 2\n' + small_recipe.read_text())
+    arguments = [str(small_recipe), "--set", f"output={tmp_path / 'pods'}", "--set", "num_rounds=3"]
+    with start(*arguments, database=mlflow_sqlite) as first:
+        assert first.stdout is not None
+        said = next((line for line in first.stdout if "round 1/3  recover" in line), "")
+        assert "2/2 steps" in said, "each round is a line of the log"
+        first.kill()
+    (checkpoint,) = (tmp_path / "pods").glob("*/rounds/0001/train/model.safetensors")
+    made = checkpoint.stat().st_mtime_ns
+    with start(*arguments, database=mlflow_sqlite) as again:
+        text, _ = again.communicate()
+    assert again.returncode == 0, text
+    assert "Gate:     passed" in text
+    assert "round 1/3" not in text
+    assert "round 3/3  recover  2/2 steps" in text
+    assert checkpoint.stat().st_mtime_ns == made
+
+    here = workflow.run(str(small_recipe), {"output": str(tmp_path / "here"), "num_rounds": 3}).uri
+    (there,) = (path.parent for path in (tmp_path / "pods").glob("*/recipe.json"))
+    assert there.name == Path(here).name, "the same run, wherever it is done"
+    assert weights(str(there)) == weights(here)
+    assert not list(there.glob("rounds/*/rollout"))
 
 
 @pytest.mark.slow

@@ -26,15 +26,17 @@ def test_without_a_file_everything_runs_on_cpu():
     assert Pools().training.accelerator is None
 
 
-def test_the_example_holds_all_three_pools():
+def test_the_example_holds_all_pools():
     pools = load_pools(Path("pipelines/pools.example.toml"))
     assert (pools.cpu.accelerator, pools.inference.count, pools.training.count) == (None, 1, 8)
+    assert pools.colocated is not None
+    assert (pools.colocated.count, pools.colocated.selectors) == (1, pools.training.selectors)
 
 
 def test_every_problem_is_named_at_once(tmp_path):
     message = refused(tmp_path, '[training]\nmemory = "lots"\ngpus = 8\n[inferense]\ncount = 1\n')
     assert message.startswith("3 problems")
-    for part in ("training.memory", "Kubernetes quantity", "training.gpus", "inferense", "cpu, inference and training"):
+    for part in ("training.memory", "Kubernetes quantity", "training.gpus", "inferense", "inference, training and colocated"):
         assert part in message
 
 

@@ -14,7 +14,7 @@ from tests.fixtures.kubernetes_api import SCHEMAS
 from tests.fixtures.structural import problems
 
 EXAMPLE_POOLS = COMMITTED.with_name("pools.example.toml")
-NEEDS_GPU = {"rollout", "score", "evaluate", "train"}
+NEEDS_GPU = {"rollout", "score", "evaluate", "train", "recover"}
 ON_TWO_NODES = '[training]\nnodes = 2\nruntime = "torch-distributed"\n'
 Spec = dict[str, Any]
 
@@ -122,7 +122,7 @@ def test_names_sort_and_explain_themselves(cpu):
 def test_people_see_names_for_people(cpu):
     assert cpu["root"]["dag"]["tasks"]["report-outcome"]["taskInfo"]["name"] == "Outcome: what happened"
     for graph, name, task in tasks(cpu):
-        assert task["taskInfo"]["name"] != name or name in ("go", "passed", "shards"), (graph, name)
+        assert task["taskInfo"]["name"] != name, (graph, name)
 
 
 # --- The graph ------------------------------------------------------------------------------------------------------------
@@ -161,13 +161,15 @@ def test_containers_name_no_input_that_their_component_lacks(fixture, request):
 def test_the_graph_is_the_one_of_the_architecture(cpu):
     parts = cpu["components"]
     whole = parts["comp-exit-handler-1"]["dag"]["tasks"]
-    assert set(whole) == {"prepare", "for-loop-2", "evaluate", "condition-8"}
-    assert "for-loop-2" in whole["evaluate"]["dependentTasks"]
+    assert set(whole) == {"prepare", "for-loop-2", "evaluate", "condition-9"}
+    assert list(parts["comp-condition-8"]["dag"]["tasks"]) == ["recover"]
+    assert whole["evaluate"]["dependentTasks"] == ["for-loop-2", "prepare"], "no skipped task stops it"
     assert whole["for-loop-2"]["iteratorPolicy"] == {"parallelismLimit": 1}
     turn = parts["comp-for-loop-2"]["dag"]["tasks"]
     assert {name: task["taskInfo"]["name"] for name, task in turn.items() if name != "begin"} == {
         "condition-3": "go",
         "condition-5": "shards",
+        "condition-8": "colocated",
     }
     one_round = parts["comp-condition-3"]["dag"]["tasks"]
     assert {name: task.get("dependentTasks", []) for name, task in one_round.items()} == {
@@ -202,8 +204,9 @@ def test_loops_and_conditions_read_a_single_return_value(cpu):
 
 def test_inside_a_loop_only_the_item_is_read(cpu):
     """The local runner puts the loop's item in the place of an outer task's output."""
-    loops = {name for name in cpu["components"] if name.startswith("comp-for-loop-")} | {"comp-condition-3", "comp-condition-5"}
-    assert len(loops) == 6
+    loops = {name for name in cpu["components"] if name.startswith("comp-for-loop-")}
+    loops |= {"comp-condition-3", "comp-condition-5", "comp-condition-8"}
+    assert len(loops) == 7
     for graph, name, task in tasks(cpu):
         if graph in loops and "dag" not in cpu["components"][task["componentRef"]["name"]]:
             for source in task["inputs"]["parameters"].values():
@@ -245,7 +248,8 @@ def test_what_runs_for_a_done_or_stopped_round_asks_for_no_accelerator(pooled):
     assert set(map(stage, wanting)) == NEEDS_GPU
     assert reachable(spec, "comp-condition-3") == {"rollout", "score", "select", "train"}
     assert set(map(stage, reachable(spec, "comp-condition-5"))) == {"spread", "gather", "rollout", "score", "select", "train"}
-    behind_begin = reachable(spec, "comp-condition-3") | reachable(spec, "comp-condition-5")
+    assert reachable(spec, "comp-condition-8") == {"recover"}
+    behind_begin = set().union(*(reachable(spec, f"comp-condition-{number}") for number in (3, 5, 8)))
     in_the_loop = reachable(spec, "comp-for-loop-2")
     assert not (in_the_loop - behind_begin) & wanting
     assert wanting - behind_begin == {"evaluate"}, "evaluate waits for the loop; the rest stands behind begin"
@@ -265,7 +269,7 @@ def test_accelerators_are_constants_and_counts_are_text(pooled):
 def test_retries_and_timeouts_are_constants_and_begin_has_no_retry(pooled):
     spec, platform = pooled
     retried = {stage(name): task["retryPolicy"]["maxRetryCount"] for _, name, task in tasks(spec) if "retryPolicy" in task}
-    assert retried == {"rollout": 2, "score": 2, "train": 2, "evaluate": 2}
+    assert retried == dict.fromkeys(NEEDS_GPU, 2)
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert pods["exec-train"]["activeDeadlineSeconds"] == str(1440 * 60)
 
@@ -318,6 +322,15 @@ def test_pods_get_shared_memory_selectors_and_tolerations(pooled):
     assert train["emptyDirMounts"] == [{"medium": "Memory", "mountPath": "/dev/shm", "sizeLimit": "64Gi", "volumeName": "shm"}]
     assert train["nodeSelector"]["labels"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
     assert train["tolerations"] == [{"effect": "NoSchedule", "key": "nvidia.com/gpu", "operator": "Exists"}]
+
+
+def test_one_pod_for_all_rounds_is_a_training_pod_unless_it_has_a_pool(pooled, tmp_path):
+    text = EXAMPLE_POOLS.read_text(encoding="utf-8")
+    (tmp_path / "pools.toml").write_text(text.partition("\n[colocated]")[0], encoding="utf-8")
+    compile_pipeline(tmp_path / "recovery.yaml", tmp_path / "pools.toml")
+    without = executors(documents(tmp_path / "recovery.yaml")[0])
+    assert without["recover"]["resources"] == without["train"]["resources"]
+    assert executors(pooled[0])["recover"]["resources"]["accelerator"]["resourceCount"] == "1"
 
 
 def test_nothing_is_named_vllm(pooled):

@@ -143,6 +143,7 @@ def load_engine(
     max_length: int,
     vllm: VLLM | None = None,
     replicas: int = 1,
+    sleeps: bool = False,
 ) -> Engine:
     """The engine of that name with the model at ``path``; heavy imports happen here.
 
@@ -155,6 +156,7 @@ def load_engine(
         max_length: longest sequence, prompt and response together; vLLM sizes its cache by it.
         vllm: the recipe's table of that name; None is its defaults.
         replicas: copies of the model in processes of their own, which share the work; each has its own GPUs.
+        sleeps: a vLLM engine that shares its device with a trainer, see ``camopd.engines.colocated``.
 
     Raises:
         ValueError: an engine that does not exist.
@@ -178,6 +180,8 @@ def load_engine(
         from camopd.engines.transformers import TransformersEngine, load_model
 
         return TransformersEngine(load_model(path), **limits)
+    from camopd.engines.colocated import ColocatedVllm
     from camopd.engines.vllm import VllmEngine
 
-    return VllmEngine(path, **limits, max_length=max_length, settings=settings)
+    make = ColocatedVllm if sleeps else VllmEngine
+    return make(path, **limits, max_length=max_length, settings=settings)

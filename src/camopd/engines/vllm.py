@@ -62,6 +62,8 @@ class VllmEngine:
         InputError: parameters that are NaN or infinite, named.
     """
 
+    sleeps = False  # whether it can give its memory back for a while; see camopd.engines.colocated
+
     def __init__(
         self,
         path: Path,
@@ -96,6 +98,7 @@ class VllmEngine:
             logprobs_mode="raw_logprobs",
             worker_extension_cls="camopd.engines.vllm_worker.WorkerExtension",
             disable_log_stats=True,
+            enable_sleep_mode=self.sleeps and current_platform.is_sleep_mode_available(),
             **self._settings.model_dump(),
         )
         others = set(psutil.Process().children(recursive=True))

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from safetensors import safe_open
 from torch import Tensor, nn
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from camopd.engines.handover import digest, running_copy
 from camopd.inputs.checks import nonfinite_parameters
 
 if TYPE_CHECKING:
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class WorkerExtension:
-    """One more method for each worker."""
+    """More methods for each worker."""
 
     def camopd_prepare(self: WorkerBase, vocab_size: int) -> list[str]:  # type: ignore[misc]  # vLLM makes it a base of the worker
         """Give ids from ``vocab_size`` on no probability, sampled or scored, and look for broken weights.
@@ -37,3 +40,24 @@ class WorkerExtension:
         for head in heads:
             head.register_forward_hook(mask)
         return nonfinite_parameters(model.named_parameters())
+
+    def camopd_load(self: WorkerBase, path: str) -> None:  # type: ignore[misc]
+        """Take the weights of a safetensors file in the place of those that the model has."""
+        with safe_open(path, "pt") as file:
+            self.reload_weights(weights_iterator=((name, file.get_tensor(name)) for name in file.keys()))  # noqa: SIM118
+        for head in self.get_model().modules():
+            if isinstance(head, ParallelLMHead):  # a tied one is not in the file, and on CPUs has a packed copy of its own
+                head.quant_method.process_weights_after_loading(head)
+
+    def camopd_digests(self: WorkerBase, path: str) -> dict[str, str]:  # type: ignore[misc]
+        """sha256 of each tensor of a safetensors file: of what the model computes with in its place where that has the same
+        form, which on GPUs without tensor parallel is everything; else of the file's own, which is what it was given."""
+        model = self.get_model()
+        running, fused = dict(model.named_parameters()), getattr(model, "packed_modules_mapping", {})
+        with safe_open(path, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            found = {}
+            for name in shapes:
+                own = running_copy(name, shapes, running, fused)
+                found[name] = digest(file.get_tensor(name) if own is None else own)
+        return found

@@ -170,30 +170,3 @@ def train_memory(shape: ModelShape, recipe: Recipe, given: Assumptions) -> Memor
         return alone
     held = fitted(state, whole, given.usable_bytes)
     return replace(held, gpus=2) if held.gpus == 1 else held
-
-
-def colocated_memory(student: ModelShape, teachers: Mapping[str, ModelShape], recipe: Recipe, given: Assumptions) -> Memory:
-    """One process with everything: the student's state and each different teacher, and the largest of what sampling, scoring
-    and training need besides. A sampling engine of its own holds a copy of the student; the full signal keeps the teacher's
-    hidden states of a step's responses, at their longest.
-
-    Args:
-        student: its shape.
-        teachers: shapes by location, each model once.
-        recipe: the recipe.
-        given: assumptions.
-    """
-    width = given.width
-    state, training = train_parts(student, recipe, given)
-    judges = float(sum(shape.parameters for shape in teachers.values()) * width)
-    sampling = rollout_memory(student, recipe, given)
-    cache = {name: size for name, size in {**sampling.sharded, **sampling.whole}.items() if name != "weights"}
-    scoring = [score_memory(shape, recipe, given).whole for shape in teachers.values()]
-    largest = _larger(training, cache, *scoring)
-    sharded = state | {"teachers": judges}
-    if given.refills(recipe):
-        sharded["sampling copy"] = float(student.parameters * width)
-    if recipe.score.signal == "full":
-        responses = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt * recipe.rollout.max_new_tokens
-        sharded["teacher's hidden states"] = float(responses * student.hidden * width)
-    return fitted(sharded, largest, given.usable_bytes)

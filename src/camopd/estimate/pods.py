@@ -28,21 +28,20 @@ def graph() -> Mapping[str, int]:
 
 
 def pods(recipe: Recipe, active: int) -> int:
-    """Pods of the whole run; one where all of it is one process.
+    """Pods of the whole run in the pipeline.
 
     Args:
         recipe: the recipe.
         active: branches scored, summed over the rounds.
     """
-    if recipe.execution == "colocated":
-        return 1
-    rounds, shards = recipe.num_rounds, recipe.shards
+    rounds, shards, colocated = recipe.num_rounds, recipe.shards, recipe.execution == "colocated"
     turns = {
         "": 1.0,
-        "rounds": rounds,
-        "go": shards == 1,
+        "rounds": 1 if colocated else rounds,
+        "colocated": colocated,
+        "go": shards == 1 and not colocated,
         "branches": active / rounds,
-        "shards": shards > 1,
+        "shards": shards > 1 and not colocated,
         "rollout shards": shards,
         "score shards": shards * active / rounds,
         "passed": 1,

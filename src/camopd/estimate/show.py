@@ -215,7 +215,8 @@ def totals(plan: Planned, gpu_hours: float | None) -> list[str]:
         lines.append(f"Cost:      {mean.cost:,.2f} at {mean.price:g} an hour; {limits.cost:,.2f} at the limits")
     lines.append(f"Store:     {size(mean.stored_bytes)}; nothing is ever deleted")
     pods = f"{mean.pods:,}, a Workflow object of some {mean.object_bytes / 1e6:.2f} MB (limit 1 MB)"
-    lines.append(f"Pods:      {pods if plan.recipe.execution == 'staged' else 'none: one process'}")
+    alone = "; none with `camopd recover`" if plan.recipe.execution == "colocated" else ""
+    lines.append(f"Pods:      {pods}{alone}")
     if gpu_hours is not None:
         share = mean.peak_share_for(gpu_hours, plan.given)
         said = "pod starts and decoding alone take longer" if share is None else f"a share of peak of {share:.2f} would"

@@ -13,14 +13,8 @@ from typing import Any
 from camopd.config import Recipe
 from camopd.estimate import storage
 from camopd.estimate.assumptions import Assumptions, Lengths
-from camopd.estimate.memory import (
-    Memory,
-    colocated_memory,
-    largest_batch,
-    rollout_memory,
-    score_memory,
-    train_memory,
-)
+from camopd.estimate.colocated import colocated_advice, colocated_memory, sampling_memory
+from camopd.estimate.memory import Memory, largest_batch, rollout_memory, score_memory, train_memory
 from camopd.estimate.pods import check_pods, pods
 from camopd.estimate.shapes import ModelShape
 from camopd.estimate.work import (
@@ -146,8 +140,7 @@ def stage_memory(
 ) -> dict[str, Memory]:
     """By stage, for the largest model that does it."""
     if recipe.execution == "colocated":
-        teachers = {recipe.teacher(branch): shapes[branch.name] for branch in recipe.branches if branch.steps}
-        return {"recover": colocated_memory(shapes[STUDENT], teachers, recipe, given)}
+        return {"recover": colocated_memory(recipe, shapes, given)}
     here = [name for name in samples if not recipe.branch(name).is_served]  # a served teacher is on somebody else's GPUs
     samplers = {sampler_of(recipe, shapes, name) for name in (here if recipe.rollout.sampler == "teacher" else samples)}
     judges = {shapes[name] for name in here}
@@ -172,7 +165,7 @@ def stage_work(
     found = []
     for name, count in samples.items():
         sampler, own = sampler_of(recipe, shapes, name), lengths[name]
-        decoder = memory.get("rollout") or rollout_memory(sampler, recipe, given)
+        decoder = memory.get("rollout") or sampling_memory(recipe, shapes, given)
         together = sequences_together(sampler, recipe, count, own, decoder, given)
         judge = shapes[name] if recipe.score.signal == "full" else None
         served = recipe.branch(name).is_served
@@ -198,11 +191,14 @@ def advice(recipe: Recipe, shapes: Mapping[str, ModelShape], found: Estimate, gi
     said = []
     student = shapes[STUDENT]
     misfits = [stage for stage, memory in found.memory.items() if memory.gpus is None]
-    if not given.refills(recipe) and {"rollout", "recover"} & set(misfits):
+    together = colocated_advice(recipe, shapes, given) if recipe.execution == "colocated" else None
+    if together:
+        said.append(together)
+    if not given.refills(recipe) and "rollout" in misfits:
         batch = largest_batch(student, recipe, given)
         fits = f"set rollout.batch_size to {batch} (the hours are for that)" if batch else "not even one does"
         said.append(f"{recipe.rollout.batch_size} longest sequences do not fit one GPU: {fits}, or use engine vllm")
-    if {"train", "recover"} & set(misfits):
+    if "train" in misfits:
         lower = "lower rollout.max_new_tokens" if given.checkpointing else "use checkpointing"
         if train_memory(student, recipe, given).gpus is None:
             said.append(f"the activations of one longest sequence do not fit a GPU, and FSDP does not divide them: {lower}")
