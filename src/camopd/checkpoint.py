@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from camopd import plan as layout
 from camopd.errors import StoreError
+from camopd.lora import Output
 from camopd.schedule import Schedule
-from camopd.student import gathered, placed_like
+from camopd.student import gathered, learning, placed_like
 
 OPTIMIZER = "trainer/optimizer.safetensors"
 STATE = "trainer/state.json"
@@ -31,6 +32,7 @@ def save_checkpoint(
     student: Path,
     template: bytes | None = None,
     writes: bool = True,
+    lora: Output | None = None,
 ) -> None:
     """Write a model folder that anything can load, with the trainer's state in ``trainer/``.
 
@@ -50,11 +52,11 @@ def save_checkpoint(
         student: folder that the model was loaded from.
         template: the chat template, where there is one.
         writes: whether this process is the one; all of them must call.
+        lora: what to write of a student with an adapter.
     """
     names = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}  # a tied one once
-    weights = gathered(
-        ((names[id(tensor)], tensor) for tensor in (*model.parameters(), *model.buffers()) if id(tensor) in names), keep=writes
-    )
+    own = ((names[id(tensor)], tensor) for tensor in (*model.parameters(), *model.buffers()) if id(tensor) in names)
+    weights = gathered(own if lora is None else lora.tensors(model), keep=writes)
     moments = gathered(
         (
             (f"{names[id(parameter)]}.{key}", value)
@@ -65,20 +67,23 @@ def save_checkpoint(
     )
     if not writes:
         return
-    model.save_pretrained(folder, state_dict=weights)
+    if lora is None:
+        model.save_pretrained(folder, state_dict=weights)
+    else:
+        lora.write(folder, model, weights)
     for path in student.iterdir():
         if path.is_file() and is_companion(path.name):
             shutil.copyfile(path, folder / path.name)
     if template is not None:
         (folder / layout.TEMPLATE).write_bytes(template)
-    (folder / OPTIMIZER).parent.mkdir()
+    (folder / OPTIMIZER).parent.mkdir(exist_ok=True)
     save_file(moments, folder / OPTIMIZER)
     (folder / STATE).write_text(json.dumps({"step": schedule.step, "cycle": schedule.cycle, "seed": seed}) + "\n")
 
 
 def is_companion(name: str) -> bool:
     """Whether a file of a model folder belongs to the tokenizer or generation: neither weights nor what we write ourselves."""
-    ours = {"config.json", "manifest.json", STEPS}
+    ours = {"config.json", "adapter_config.json", "manifest.json", STEPS}
     return name not in ours and not name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".pt", ".md"))
 
 
@@ -86,7 +91,7 @@ def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opti
     """Give the optimiser its moments back and return the optimiser steps done. Raises StoreError on another model's state."""
     with safe_open(folder / OPTIMIZER, "pt") as moments:
         known = set(moments.keys())
-        for name, parameter in model.named_parameters():
+        for name, parameter in learning(model).items():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in known]
             if len(keys) != 3:
                 raise StoreError(f"{folder / OPTIMIZER} has no moments for {name}: the checkpoint belongs to another model")

@@ -18,7 +18,7 @@ from camopd.errors import InputError, Problem
 from camopd.presets import Preset, presets
 from camopd.recipe.document import KeyPath, absolute, read_document
 from camopd.recipe.explain import did_you_mean, explained
-from camopd.recipe.parameters import AS_IN_RECIPE, apply_parameters
+from camopd.recipe.parameters import AS_IN_RECIPE, apply_parameters, section_of
 from camopd.recipe.sections import (
     VLLM,
     Branch,
@@ -62,6 +62,7 @@ class Recipe(Section):
     method: str = Field("camopd", description="Preset that fills in what the recipe leaves out; see camopd.presets.")
     mixing: Literal["alternating", "mixed"] = Field("alternating", description="One branch a step, or all in every step.")
     student: Uri = Field(description="The domain model to recover; a frozen copy teaches where a branch names no teacher.")
+    base: Uri | None = Field(None, description="Model under every LoRA adapter; none: where adapter_config.json says.")
     output: Uri = Field("./runs", description="Folder or s3:// prefix under which the run's own folder is made.")
     seed: Int = Field(0, ge=0, description="Seed of sampling and of prompt order.")
     num_rounds: Int = Field(30, description="Times rollout, score, select and train are repeated.")
@@ -243,10 +244,12 @@ def cautions(recipe: Recipe) -> tuple[str, ...]:
         if branch.role == "recover" and recipe.teacher(branch) == recipe.student
     ]
     unseen = "train.diagnose_every: gradients are not compared where train.num_processes is above 1; 0 says so"
-    return (*same, *[unseen] * (recipe.train.num_processes > 1 and recipe.train.diagnose_every > 0))
+    small = "train.learning_rate: an adapter usually wants 10 to 100 times the rate for all weights, which the default is"
+    slow = recipe.train.lora is not None and "learning_rate" not in recipe.train.model_fields_set
+    return (*same, *[unseen] * (recipe.train.num_processes > 1 and recipe.train.diagnose_every > 0), *[small] * slow)
 
 
-_LOCATIONS = (("student",), ("output",), ("prompts", "chat_template"), ("evaluate", "task_dir"))
+_LOCATIONS = (("student",), ("base",), ("output",), ("prompts", "chat_template"), ("evaluate", "task_dir"))
 _BRANCH_LOCATIONS = ("teacher", "prompts")
 
 
@@ -275,5 +278,7 @@ def _fields_at(path: KeyPath) -> Mapping[str, FieldInfo]:
     """The settings of the table that holds the key."""
     if path[0] == "branches" and len(path) > 1:
         return Branch.model_fields
-    section = Recipe.model_fields[str(path[0])].annotation if len(path) > 1 else Recipe
-    return section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
+    section: type[BaseModel] | None = Recipe
+    for part in path[:-1]:
+        section = section_of(section.model_fields[str(part)]) if section and part in section.model_fields else None
+    return section.model_fields if section else {}

@@ -268,7 +268,8 @@ def load_tokenizer(plan: Plan, store: Store) -> PreTrainedTokenizerBase:
     """The student's tokenizer with the chat template that the plan froze: one for all models, so all read the same tokens."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(store.fetch(plan.recipe.student), local_files_only=True, trust_remote_code=False)
+    folder = store.fetch(plan.tokenizer_uri(plan.recipe.student, store))
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     template = join(layout.plan_uri(plan.run_uri), layout.TEMPLATE)
     tokenizer.chat_template = store.read(template).decode() if store.stat(template) else None
     return tokenizer
@@ -276,12 +277,12 @@ def load_tokenizer(plan: Plan, store: Store) -> PreTrainedTokenizerBase:
 
 def answer_all(plan: Plan, models: list[Contestant], store: Store) -> tuple[Answers, dict[str, Any]]:
     """Every model's answers to every task, under the same settings; and those settings."""
-    from camopd.engines.transformers import load_model
     from camopd.evaluation.harness import Harness, open_tasks, quiet
+    from camopd.lora import load_weights
 
     def load(uri: str) -> PreTrainedModel:
         with quiet():
-            return load_model(store.fetch(uri))
+            return load_weights(plan.weights(uri, store), store)
 
     recipe, chosen = plan.recipe, plan.recipe.evaluate
     names = [task for branch in recipe.branches for task in branch.tasks]

@@ -23,7 +23,9 @@ from transformers import PreTrainedModel
 
 from camopd import plan as layout
 from camopd import rollout, score, select
+from camopd.adapters import Weights
 from camopd.engines import Engine
+from camopd.engines.shared import engines_over
 from camopd.engines.transformers import TransformersEngine, load_model
 from camopd.plan import Plan
 from camopd.progress import Progress
@@ -105,24 +107,36 @@ class Session:
         done = self.trainer.schedule.step
         self._progress = Progress("recover", total=plan.num_steps, unit="steps", done=done)
         self.tables = rollout.PromptTables(plan, store)
-        models = _teachers(plan, store)
-        engines = {id(model): self._engine(model) for model in models.values()}
-        self._teachers: dict[str, Engine] = {name: engines[id(model)] for name, model in models.items()}
+        models, self._teachers = self._load_teachers()
         if plan.recipe.score.signal == "full":
             weights = {name: model.get_output_embeddings().weight for name, model in models.items()}
             self.trainer.teacher_weights = weights
-        student = self._engine(self.trainer.model)
+        student = TransformersEngine(self.trainer.model, **self._limits)
         of_student = dict.fromkeys(models, student)
         self._samplers: Mapping[str, Engine] = self._teachers if plan.recipe.rollout.sampler == "teacher" else of_student
 
-    def _engine(self, model: PreTrainedModel) -> Engine:
+    @property
+    def _limits(self) -> dict[str, int]:
         recipe = self.plan.recipe
-        return TransformersEngine(
-            model,
-            vocab_size=self.plan.vocab_size,
-            batch_size=recipe.rollout.batch_size,
-            batch_tokens=recipe.score.batch_tokens,
-        )
+        sizes = {"batch_size": recipe.rollout.batch_size, "batch_tokens": recipe.score.batch_tokens}
+        return sizes | {"vocab_size": self.plan.vocab_size}
+
+    def _load_teachers(self) -> tuple[dict[str, PreTrainedModel], dict[str, Engine]]:
+        """Model and engine of each branch that takes part. What is or lies over one base has one set of weights in memory: with
+        ``train.lora`` the student's own."""
+        plan, store = self.plan, self._store
+        weights = {b.name: plan.weights(plan.teacher_uri(b), store) for b in plan.recipe.branches if b.steps}
+        held: dict[str, PreTrainedModel] = {}
+        if plan.recipe.train.lora is not None:
+            held[plan.weights(plan.recipe.student, store).base] = self.trainer.model
+        for own in weights.values():
+            if own.base not in held:
+                held[own.base] = load_model(store.fetch(own.base)).requires_grad_(False)
+        engines: dict[Weights, Engine] = {}
+        for base, model in held.items():
+            theirs = {own: store.fetch(own.adapter) if own.adapter else None for own in weights.values() if own.base == base}
+            engines |= engines_over(model, theirs, **self._limits)
+        return {name: held[own.base] for name, own in weights.items()}, {name: engines[own] for name, own in weights.items()}
 
     def step(self) -> tuple[list[rollout.Row], dict[str, Any]]:
         """One iteration of Algorithm 1: sample, score, select, update. Returns what was sampled and the update's record."""
@@ -164,15 +178,3 @@ class Session:
         uri = layout.checkpoint_uri(plan.rounds[number - 1])
         config = training_config(plan.recipe) | {"execution": "colocated"}
         store.produce(uri, stage="train", config=config, inputs=inputs, write=write)
-
-
-def _teachers(plan: Plan, store: Store) -> dict[str, PreTrainedModel]:
-    """The teacher of each branch that takes part, each model loaded once."""
-    loaded: dict[str, PreTrainedModel] = {}
-    teachers = {}
-    for branch in plan.recipe.branches:
-        if branch.steps:
-            uri = plan.teacher_uri(branch)
-            loaded[uri] = loaded.get(uri) or load_model(store.fetch(uri)).requires_grad_(False)
-            teachers[branch.name] = loaded[uri]
-    return teachers

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from camopd import plan as layout
 from camopd import propose
 from camopd.config import Recipe
-from camopd.engines import Engine, Sample, load_engine
+from camopd.engines import Engine, Sample
+from camopd.engines.shared import open_engines
 from camopd.errors import UnhealthyRunError
 from camopd.plan import Plan
 from camopd.progress import Progress
@@ -214,11 +215,14 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
             num_rounds=recipe.num_rounds,
             branch="all branches",
         )
-        for uri, names in models(plan, number).items():  # one at a time: a device holds one of them
-            own = [request for request in wanted if request["branch"] in names]
-            with engine_at(plan, uri, store) as engine:
-                sample_rows(dict.fromkeys(names, engine), own, plan, lambda tokens: progress.advance(1, tokens=tokens))
-        tokenizer = AutoTokenizer.from_pretrained(store.fetch(recipe.student), local_files_only=True)
+        sampled_by = models(plan, number)
+        for uris in over_one_base(plan, sampled_by, store):  # one base at a time: a device holds one of them
+            branches = {name: uri for uri in uris for name in sampled_by[uri]}
+            own = [request for request in wanted if request["branch"] in branches]
+            with engines_at(plan, uris, store) as engines:
+                answering = {name: engines[uri] for name, uri in branches.items()}
+                sample_rows(answering, own, plan, lambda tokens: progress.advance(1, tokens=tokens))
+        tokenizer = AutoTokenizer.from_pretrained(store.fetch(plan.tokenizer_uri(recipe.student, store)), local_files_only=True)
         for row in wanted:
             row["text"] = tokenizer.decode(row["response_ids"], skip_special_tokens=True)
         first = store.require(layout.rollout_uri(layout.round_uri(run_uri, 1))).metrics if number > 1 else {}
@@ -240,18 +244,35 @@ def models(plan: Plan, number: int) -> dict[str, list[str]]:
     return branches
 
 
+def over_one_base(plan: Plan, uris: Iterable[str], store: Store) -> list[list[str]]:
+    """The models in groups that share their weights: adapters of one base, and the base itself."""
+    groups: dict[str, list[str]] = {}
+    for uri in uris:
+        groups.setdefault(plan.weights(uri, store).base, []).append(uri)
+    return list(groups.values())
+
+
 @contextmanager
 def engine_at(plan: Plan, uri: str, store: Store) -> Iterator[Engine]:
     """The recipe's engine with the model at ``uri``, closed at the end: what it held on the device is free again."""
+    with engines_at(plan, [uri], store) as engines:
+        yield engines[uri]
+
+
+@contextmanager
+def engines_at(plan: Plan, uris: Iterable[str], store: Store) -> Iterator[dict[str, Engine]]:
+    """The recipe's engine with several models over one base, by location, closed at the end."""
     recipe = plan.recipe
-    engine = load_engine(
+    weights = {uri: plan.weights(uri, store) for uri in uris}
+    (base,) = {own.base for own in weights.values()}
+    with open_engines(
         recipe.rollout.engine,
-        store.fetch(uri),
+        store.fetch(base),
+        {uri: store.fetch(own.adapter) if own.adapter else None for uri, own in weights.items()},
         vocab_size=plan.vocab_size,
         batch_size=recipe.rollout.batch_size,
         batch_tokens=recipe.score.batch_tokens,
         max_length=plan.max_prompt_tokens + recipe.rollout.max_new_tokens,
         vllm=recipe.vllm,
-    )
-    with closing(engine):
-        yield engine
+    ) as engines:
+        yield engines

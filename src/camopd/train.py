@@ -20,8 +20,9 @@ from camopd import plan as layout
 from camopd.checkpoint import STEPS, load_state, save_checkpoint
 from camopd.config import Recipe
 from camopd.diagnostics import measure
-from camopd.engines.transformers import device, load_model, output_head
+from camopd.engines.transformers import device, output_head
 from camopd.errors import UnhealthyRunError
+from camopd.lora import Output, load_student
 from camopd.plan import Plan
 from camopd.progress import Progress
 from camopd.records import read_table
@@ -91,16 +92,17 @@ class Trainer:
         """Go on where round ``number`` begins: from the domain model, or from the checkpoint of the round before."""
         recipe = plan.recipe
         torch.manual_seed(seed_of(recipe.seed, "train", number))
-        folder = store.fetch(plan.student_uri(number))
+        folder = store.fetch(plan.student_uri(number)) if number > 1 else None
         train = recipe.train
-        model = load_model(folder, torch.device("cpu") if train.num_processes > 1 else device())
+        model = load_student(plan, folder, store, torch.device("cpu") if train.num_processes > 1 else device())
         output_head(model)  # refuses a head that the loss does not know
         student = Student(model, train)
         optimizer = make_optimizer(model, recipe)
-        done = load_state(folder, model, optimizer) if number > 1 else 0
+        done = load_state(folder, model, optimizer) if folder else 0
         schedule = plan.schedule(number)
         assert done == schedule.step, "the checkpoint is not the round before's last step"
-        return cls(plan, student, optimizer, folder, schedule)
+        source = folder or store.fetch(plan.tokenizer_uri(recipe.student, store))
+        return cls(plan, student, optimizer, source, schedule)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -178,6 +180,7 @@ class Trainer:
             student=self.source,
             template=template,
             writes=first,
+            lora=Output.of(self.plan, store),
         )
         if first:
             (folder / STEPS).write_text(json.dumps(self.records, indent=1) + "\n")
@@ -217,7 +220,8 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
             numbers = updates(round_uri, folder, store)
         else:
             check_devices(num_processes)
-            for uri in (plan.student_uri(number), *_tables(plan, number).values()):
+            models = (*plan.weights(plan.recipe.student, store).locations, plan.student_uri(number))
+            for uri in (*models, *_tables(plan, number).values()):
                 store.fetch(uri)  # once, before several would at the same time
             gc.collect()
             torch.cuda.empty_cache()  # `camopd run` has sampled and scored in this process, and the first GPU is one of theirs
@@ -269,7 +273,7 @@ def updates(round_uri: str, folder: str | Path, store: Store | None = None) -> d
 
 def training_config(recipe: Recipe) -> dict[str, Any]:
     """The settings that shape a round's updates."""
-    config = recipe.train.model_dump(mode="json", exclude=set(recipe.train.HOW))
+    config = recipe.train.shaping()
     config |= {"signal": recipe.score.signal, "num_threads": recipe.num_threads}
     scale = {branch.name: branch.scale for branch in recipe.branches}
     return config | {"method": recipe.method, "cycle": Schedule.of(recipe).cycle, "scale": scale}

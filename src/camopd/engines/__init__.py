@@ -129,6 +129,8 @@ def load_engine(
     batch_tokens: int,
     max_length: int,
     vllm: VLLM | None = None,
+    adapter: Path | None = None,
+    adapters: Sequence[Path] = (),
 ) -> Engine:
     """The engine of that name with the model at ``path``; heavy imports happen here.
 
@@ -140,6 +142,8 @@ def load_engine(
         batch_tokens: padded tokens of one scoring pass.
         max_length: longest sequence, prompt and response together; vLLM sizes its cache by it.
         vllm: the recipe's table of that name; None is its defaults.
+        adapter: local folder of a LoRA adapter that the model is to have.
+        adapters: those that vLLM is to have at hand (``camopd.engines.shared``).
 
     Raises:
         ValueError: an engine that does not exist.
@@ -150,7 +154,12 @@ def load_engine(
     if name == "transformers":
         from camopd.engines.transformers import TransformersEngine, load_model
 
-        return TransformersEngine(load_model(path), **limits)
+        model = load_model(path)
+        if adapter is not None:
+            from camopd.engines.lora import merge
+
+            model = merge(model, adapter)
+        return TransformersEngine(model, **limits)
     if name == "vllm":
         if find_spec("vllm") is None:
             what, fix = "vLLM is not installed here", "run this stage in the inference environment, or use transformers"
@@ -158,5 +167,11 @@ def load_engine(
         from camopd.config import VLLM
         from camopd.engines.vllm import VllmEngine
 
-        return VllmEngine(path, **limits, max_length=max_length, settings=vllm or VLLM())
+        at_hand = (adapter,) if adapter else adapters
+        engine = VllmEngine(path, **limits, max_length=max_length, settings=vllm or VLLM(), adapters=at_hand)
+        if adapter is None:
+            return engine
+        from camopd.engines.vllm_lora import VllmAdapter
+
+        return VllmAdapter(engine, 1, adapter)
     raise ValueError(f"rollout.engine {name!r} is not known; use transformers or vllm")

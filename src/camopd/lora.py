@@ -1,0 +1,110 @@
+"""An adapter that learns (``train.lora``): how a round's student is put together, and what its checkpoints hold.
+
+The base is the domain model, or the base under it where the domain model is an adapter, which then goes on learning. Its
+weights are frozen and stay where they are; a checkpoint holds what has been learnt.
+
+PEFT is imported where there is an adapter and not before: without one there is no need of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, device
+from transformers import PreTrainedModel
+
+from camopd.adapters import TRAINED, Weights
+from camopd.engines.transformers import load_model
+from camopd.plan import Plan
+from camopd.schedule import seed_of
+from camopd.store import Store
+
+RANK = 16  # of a new adapter
+BESIDE = "trainer/adapter"  # in a merged checkpoint: the adapter by itself, which the next round goes on with
+
+
+@dataclass(frozen=True)
+class Output:
+    """What of a student with an adapter a checkpoint holds.
+
+    Attributes:
+        base: location of the model under the adapter.
+        merged: the whole model, with the adapter beside the trainer's state; else the adapter alone.
+    """
+
+    base: str
+    merged: bool
+
+    @classmethod
+    def of(cls, plan: Plan, store: Store) -> Output | None:
+        """None where all weights learn."""
+        lora = plan.recipe.train.lora
+        return cls(plan.weights(plan.recipe.student, store).base, lora.output == "merged") if lora else None
+
+    def tensors(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        """What is written, one after another: the adapter, and the whole model's weights with it merged in, where asked for."""
+        own = dict(model.named_parameters())
+        yield from ((name, tensor) for name, tensor in own.items() if tensor.requires_grad)
+        if self.merged:
+            from camopd.engines.lora import merged_weights
+
+            yield from merged_weights(model)
+
+    def write(self, folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+        """Write what ``tensors`` gave, on the CPU."""
+        from camopd.engines.lora import save_adapter
+
+        adapter = {name: tensor for name, tensor in tensors.items() if f".{TRAINED}." in name}
+        if not self.merged:
+            save_adapter(folder, model, adapter, self.base)
+            return
+        model.save_pretrained(folder, state_dict={name: tensor for name, tensor in tensors.items() if name not in adapter})
+        save_adapter(folder / BESIDE, model, adapter, self.base)
+
+
+def load_weights(weights: Weights, store: Store, where: device | None = None) -> PreTrainedModel:
+    """``load_model``; an adapter is merged into its base, so that the model is one like others.
+
+    Args:
+        weights: where they lie.
+        store: brings them here.
+        where: device; none means the GPU when there is one.
+
+    Raises:
+        InputError: parameters that are NaN or infinite, or an adapter of another base.
+    """
+    model = load_model(store.fetch(weights.base), where)
+    if weights.adapter is None:
+        return model
+    from camopd.engines.lora import merge
+
+    return merge(model, store.fetch(weights.adapter))
+
+
+def load_student(plan: Plan, checkpoint: Path | None, store: Store, where: device | None = None) -> PreTrainedModel:
+    """The student as a round begins with it; with ``train.lora`` its adapter alone has gradients.
+
+    Args:
+        plan: the run's plan.
+        checkpoint: local folder of the one to go on from; None begins with the domain model.
+        store: where the models lie.
+        where: device; none means the GPU when there is one.
+    """
+    recipe, lora = plan.recipe, plan.recipe.train.lora
+    domain = plan.weights(recipe.student, store)
+    if lora is None:
+        return load_weights(domain, store, where) if checkpoint is None else load_model(checkpoint, where)
+    from camopd.engines.lora import add_adapter, fresh_adapter
+
+    model = load_model(store.fetch(domain.base), where)
+    if checkpoint is not None:
+        add_adapter(model, TRAINED, checkpoint / BESIDE if lora.output == "merged" else checkpoint)
+    elif domain.adapter is not None:
+        add_adapter(model, TRAINED, store.fetch(domain.adapter))
+    else:
+        rank = lora.rank or RANK
+        seed = seed_of(recipe.seed, "train", "lora")
+        fresh_adapter(model, rank=rank, alpha=lora.alpha or 2 * rank, targets=lora.targets or (), seed=seed)
+    return model
