@@ -63,7 +63,8 @@ def weights_at(uri: str, store: Store, base: str | None = None, *, where: str = 
     named = read_config(uri, store).get("base_model_name_or_path")
     found = base or _reachable(named, store)
     if found is None:
-        what = f"{uri} is an adapter, and its base {str(named)[:200]!r} is no folder or s3:// prefix with a model"
+        says = f"names as its base {str(named)[:200]!r}, which is no place of a model" if named else "does not name its base"
+        what = f"{uri} is an adapter and {says}"
         raise InputError([Problem(where, what, "set base = to where the model lies that it was trained on")])
     return Weights(found, uri)
 

@@ -152,14 +152,10 @@ def load_engine(
     """
     limits = {"vocab_size": vocab_size, "batch_size": batch_size, "batch_tokens": batch_tokens}
     if name == "transformers":
-        from camopd.engines.transformers import TransformersEngine, load_model
+        from camopd.engines.shared import engines_over
+        from camopd.engines.transformers import load_model
 
-        model = load_model(path)
-        if adapter is not None:
-            from camopd.engines.lora import merge
-
-            model = merge(model, adapter)
-        return TransformersEngine(model, **limits)
+        return engines_over(load_model(path), {"": adapter}, **limits)[""]
     if name == "vllm":
         if find_spec("vllm") is None:
             what, fix = "vLLM is not installed here", "run this stage in the inference environment, or use transformers"

@@ -61,11 +61,13 @@ def add_adapter(model: PreTrainedModel, name: str, folder: Path) -> None:
 
 
 def _fill(model: PreTrainedModel, tensors: Mapping[str, Tensor], name: str, folder: Path) -> None:
-    result: Any = set_peft_model_state_dict(model, dict(tensors), name)
-    lacking = [key for key in result.missing_keys if f".{name}." in key]
-    if result.unexpected_keys or lacking:
-        what = f"does not fit the base: {[*result.unexpected_keys, *lacking][0]}"
-        raise InputError([Problem(str(folder), what, "give the adapter's own base")])
+    try:
+        result: Any = set_peft_model_state_dict(model, dict(tensors), name)
+        wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{name}." in key)]
+    except RuntimeError as error:  # shapes
+        wrong = [" ".join(str(error).split())[:200]]
+    if wrong:
+        raise InputError([Problem(str(folder), f"does not fit the base: {wrong[0]}", "give the adapter's own base")])
 
 
 def fresh_adapter(model: PreTrainedModel, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
