@@ -175,6 +175,12 @@ class Plan:
         """Content id of that checkpoint."""
         return self.content_ids["student"] if number == 1 else store.require(self.student_uri(number)).content_id
 
+    @property
+    def base_id(self) -> dict[str, str]:
+        """Content id of the model under the adapter that learns, an input like others; nothing where all weights learn."""
+        own = self.content_ids.get("student/base") or self.content_ids.get("student", "")
+        return {"base": own} if self.recipe.train.lora else {}
+
     def teacher_uri(self, branch: Branch) -> str:
         return self.recipe.teacher(branch)
 

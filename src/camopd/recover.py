@@ -161,7 +161,8 @@ class Session:
             UnhealthyRunError: the run stopped itself.
         """
         plan, store = self.plan, self._store
-        inputs = {"student": plan.student_id(number, store), "plan": store.require(layout.plan_uri(plan.run_uri)).content_id}
+        planned = store.require(layout.plan_uri(plan.run_uri)).content_id
+        inputs = {"student": plan.student_id(number, store), "plan": planned, **plan.base_id}
 
         def write(folder: Path) -> dict[str, Any]:
             begun = time.monotonic()

@@ -212,7 +212,7 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
     plan = Plan.load(store, run_uri)
     num_processes = plan.recipe.train.num_processes
     inputs = {name: store.require(parent(uri)).content_id for name, uri in _tables(plan, number).items()}
-    inputs["student"] = plan.student_id(number, store)
+    inputs |= {"student": plan.student_id(number, store), **plan.base_id}
 
     def write(folder: Path) -> dict[str, Any]:
         begun = time.monotonic()
