@@ -23,8 +23,11 @@ from camopd.engines.lora import TRAINED, fresh_adapter, merge, use
 from camopd.engines.shared import open_engines
 from camopd.engines.transformers import load_model
 from camopd.errors import InputError
+from camopd.estimate.shapes import read_shape
+from camopd.estimate.storage import checkpoint_bytes
 from camopd.lora import load_weights
 from camopd.plan import Plan, run_id
+from camopd.recipe.sections import Lora
 from camopd.store import Store
 from camopd.student import Student, learning
 from camopd.train import Trainer
@@ -257,7 +260,15 @@ def test_a_checkpoint_is_an_adapter_that_peft_and_transformers_load(folders, tmp
         assert logprobs(model, PROMPTS[2], RESPONSES[1]) == pytest.approx(reference, abs=2e-5)
     moments = load_file(saved / OPTIMIZER)
     assert len(moments) == 3 * 2 * 7 * 2
-    assert sum(tensor.numel() for tensor in moments.values()) < sum(p.numel() for p in tiny_model().parameters())
+
+
+@pytest.mark.parametrize("output", ["adapter", "merged"])
+def test_a_checkpoint_has_the_bytes_that_were_foreseen(output, folders, tmp_path) -> None:
+    train(tmp_path / "run", folders["base"], [1], output=output, rank=3)
+    held = sum(path.stat().st_size for path in checkpoint(tmp_path / "run", 1).rglob("*.safetensors"))
+    shape = read_shape(json.loads((folders["base"] / "config.json").read_text()), "tiny")
+    foreseen = checkpoint_bytes(shape, Lora(output=output, rank=3))
+    assert foreseen < held < foreseen + 25_000  # names and shapes
 
 
 @pytest.mark.parametrize("output", ["adapter", "merged"])

@@ -20,6 +20,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 WHOLE = ("model.safetensors", "model.safetensors.index.json")  # a folder with one of them is a model, whatever else it holds
 PREFIX = "base_model.model."  # before each module's name in PEFT's files
 TRAINED = "student"  # in memory, the name of the adapter that learns
+RANK = 16  # of a new adapter, where the recipe names none
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has kernels (vllm.config.lora.MaxLoRARanks)
 
 

@@ -15,13 +15,12 @@ from pathlib import Path
 from torch import Tensor, device
 from transformers import PreTrainedModel
 
-from camopd.adapters import TRAINED, Weights
+from camopd.adapters import RANK, TRAINED, Weights
 from camopd.engines.transformers import load_model
 from camopd.plan import Plan
 from camopd.schedule import seed_of
 from camopd.store import Store
 
-RANK = 16  # of a new adapter
 BESIDE = "trainer/adapter"  # in a merged checkpoint: the adapter by itself, which the next round goes on with
 
 

@@ -14,6 +14,7 @@ from camopd.estimate.assumptions import Assumptions
 from camopd.estimate.shapes import FLOAT32, ModelShape
 
 MIB = 2**20
+FROZEN = FLOAT32  # bytes of a parameter under an adapter that learns
 STATE = 4 * FLOAT32  # bytes of a trained parameter: itself, its gradient and AdamW's two moments, all float32 (update.py)
 LOSS = 5  # times train.logits_mib that the chunked loss takes (losses.chunked_objective; benchmarks/cost.py counts it)
 SCORE_LOGITS = 3 * 64 * MIB  # logits, their log-softmax and one temporary of engines.transformers.LOGITS_MIB
@@ -110,7 +111,8 @@ def score_memory(shape: ModelShape, recipe: Recipe, given: Assumptions) -> Memor
 def train_parts(shape: ModelShape, recipe: Recipe, given: Assumptions) -> tuple[dict[str, float], dict[str, float]]:
     """What an update holds: divided by FSDP, and on each GPU.
 
-    Divided: the state, 16 P; gradients stay from one micro-batch to the next. On each, for a micro-batch of T tokens:
+    Divided: the state, 16 P; gradients stay from one micro-batch to the next. With ``train.lora`` 4 P, and 16 bytes for each
+    parameter of the adapter; nothing else then has a gradient. On each, for a micro-batch of T tokens:
 
     - activations: T (N s + o) without and T (N w D + o) with checkpointing (s and o: ``saved_bytes`` and ``outer_bytes``), and
       four times the hidden states, T 4 w D: at the loss, their gradients, and both where a layer begins its backward pass;
@@ -122,14 +124,16 @@ def train_parts(shape: ModelShape, recipe: Recipe, given: Assumptions) -> tuple[
     width, tokens = given.width, micro_batch(recipe.train.batch_tokens, recipe)
     layer, residual, inner = shape.saved_bytes(width), width * shape.hidden, width * shape.intermediate
     kept, again = (shape.layers * residual, layer) if given.checkpointing else (shape.layers * layer, 0)
-    gathered = width * (shape.outside + 4 * shape.block) if width < FLOAT32 else 0
+    lora = recipe.train.lora
+    gathered = width * (shape.outside + (4 if lora is None else 2) * shape.block) if width < FLOAT32 else 0
     whole = {
         "activations": float(tokens * (kept + shape.outer_bytes(width) + 4 * residual)),
         "working": float(max(tokens * (again + inner), LOSS * recipe.train.logits_mib * MIB)),
-        "head gradient": float(width * shape.head),
+        "head gradient": float(width * shape.head) if lora is None else 0.0,
         "gathered": float(gathered),
     }
-    return {"state": float(STATE * shape.parameters)}, {name: size for name, size in whole.items() if size}
+    state = STATE * shape.parameters if lora is None else FROZEN * shape.parameters + STATE * shape.adapter(lora)
+    return {"state": float(state)}, {name: size for name, size in whole.items() if size}
 
 
 def train_memory(shape: ModelShape, recipe: Recipe, given: Assumptions) -> Memory:

@@ -129,7 +129,7 @@ def estimate(recipe: Recipe, shapes: Mapping[str, ModelShape], lengths: Mapping[
         tokens={name: branch_tokens(count, lengths[name]) for name, count in samples.items()},
         work=tuple(stage_work(recipe, shapes, samples, lengths, memory, active, given)),
         tables=storage.table_bytes(recipe, samples, lengths),
-        checkpoints=storage.checkpoint_bytes(student) * recipe.num_rounds,
+        checkpoints=storage.checkpoint_bytes(student, recipe.train.lora) * recipe.num_rounds,
         pods=pods,
         object_bytes=storage.check_pods(recipe, pods),
         price=given.price,
@@ -146,7 +146,9 @@ def stage_memory(
 ) -> dict[str, Memory]:
     """By stage, for the largest model that does it."""
     if recipe.execution == "colocated":
-        teachers = {recipe.teacher(branch): shapes[branch.name] for branch in recipe.branches if branch.steps}
+        held = (recipe.student, recipe.base) if recipe.train.lora else ()  # the student's own weights
+        places = {branch.name: recipe.teacher(branch) for branch in recipe.branches if branch.steps}
+        teachers = {place: shapes[name] for name, place in places.items() if place not in held}
         return {"recover": colocated_memory(shapes[STUDENT], teachers, recipe, given)}
     samplers = {sampler_of(recipe, shapes, name) for name in samples}
     judges = {shapes[name] for name in samples}
@@ -176,7 +178,7 @@ def stage_work(
         found += [
             rollout_work(sampler, recipe, name, count, own, together, given),
             score_work(shapes[name], name, count, own, given),
-            train_work(shapes[STUDENT], name, count, own, given, judge=judge),
+            train_work(shapes[STUDENT], name, count, own, given, judge=judge, frozen=recipe.train.lora is not None),
         ]
     stages = [
         replace(stage, gpus=(memory.get(stage.name) or memory["recover"]).gpus)
