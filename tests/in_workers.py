@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from camopd import plan as layout
+from camopd.checkpoint import load_state
 from camopd.config import Branch, Recipe
+from camopd.engines.transformers import load_model
+from camopd.group import current
 from camopd.plan import Plan
 from camopd.store import Store
+from camopd.student import Student, whole
 from camopd.train import Trainer
+from camopd.update import make_optimizer
 from tests.reference import SHARED, K, make_rows
 
 # Samples of each step by branch: odd numbers, mixed batches, and one sample for two processes.
@@ -61,13 +66,27 @@ def rounds(
                 rows[0]["logprobs"][:] = rows[0]["teacher_logprobs"]
                 rows[0]["teacher_logprobs"][0] = float("nan")
             records.append(trainer.step(rows, rows))
-        folder = Path(layout.checkpoint_uri(layout.round_uri(run_uri, number)))
-        if trainer.student.rank == 0:
-            folder.mkdir(parents=True)
-        trainer.save(folder, Store())
-        if dist.is_initialized():
-            dist.barrier()  # a stage does one round, so nobody reads what the first process has yet to write
+        uri = layout.checkpoint_uri(layout.round_uri(run_uri, number))
+
+        def save(folder: Path, trainer: Trainer = trainer) -> dict[str, float]:
+            return trainer.save(folder, Store())
+
+        Store().produce(uri, stage="train", config={}, inputs={}, write=save, writers=current())
     return records
+
+
+def moments(folders: Sequence[str], student: str) -> list[str]:
+    """Digest of the weights and moments that the first process has after loading a checkpoint, each whole; of each folder."""
+    plan, found = make_plan("/runs/x", student, "topk", {}), []
+    for folder in map(Path, folders):
+        model = load_model(folder, torch.device("cpu"))
+        trained = Student(model, plan.recipe.train)
+        optimizer = make_optimizer(trained.model, plan.recipe)
+        load_state(folder, trained.model, optimizer)
+        tensors = [whole(p) for p in model.parameters()]
+        tensors += [whole(value) for p in model.parameters() for _, value in sorted(optimizer.state[p].items())]
+        found.append(hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest())
+    return found
 
 
 def kinds_of_numbers(student: str, train: dict[str, Any]) -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from camopd import plan as layout
 from camopd import workflow
-from camopd.checkpoint import save_checkpoint
+from camopd.checkpoint import snapshot
 from camopd.config import Recipe, load_recipe
 from camopd.engines.packing import use_packing
 from camopd.engines.transformers import TransformersEngine, load_model, response_hidden
@@ -27,6 +27,7 @@ from camopd.estimate.memory import score_memory, train_parts
 from camopd.estimate.shapes import ModelShape, read_shape
 from camopd.estimate.sources import SHIPPED, LengthOptions, mean_lengths, measured_lengths
 from camopd.estimate.storage import checkpoint_bytes, row_bytes, table_bytes
+from camopd.group import current
 from camopd.estimate.total import estimate
 from camopd.estimate.work import forward_flops, num_steps, samples_of, train_flops
 from camopd.plan import Plan
@@ -221,7 +222,7 @@ def test_a_checkpoint_has_the_bytes_that_were_foreseen(tmp_path) -> None:
     recipe, model = sampled_recipe(), load_model(MICRO)
     optimizer = make_optimizer(model, recipe)
     update(Student(model, recipe.train), optimizer, [row()], recipe=recipe, vocab_size=264)
-    save_checkpoint(tmp_path, model, optimizer, Schedule.of(recipe), seed=0, student=MICRO)
+    snapshot(model, optimizer, Schedule.of(recipe), seed=0).write(tmp_path, current(), student=MICRO)
     shape = read_shape(json.loads((MICRO / "config.json").read_text()), "micro")
     held = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
     headers = held - checkpoint_bytes(shape)

@@ -16,7 +16,6 @@ from torch.func import functional_call
 
 from camopd import plan as layout
 from camopd.adapters import Weights, weights_at
-from camopd.checkpoint import OPTIMIZER
 from camopd.config import Branch, Recipe
 from camopd.engines import load_engine
 from camopd.engines.lora import TRAINED, fresh_adapter, merge, use
@@ -36,6 +35,7 @@ from camopd.workers import run_workers
 from tests.in_workers import STEPS, make_step, rounds
 from tests.in_workers import make_plan as make_training_plan
 from tests.reference import SHARED, step_loss
+from tests.test_student import moments_of, tensors_of
 from tests.tiny import EOS, merged, save_adapter, save_tiny, tiny_model
 
 LIMITS = {"vocab_size": SHARED, "batch_size": 2, "batch_tokens": 20, "max_length": 64}
@@ -232,11 +232,9 @@ def checkpoint(run_uri: Path, number: int) -> Path:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{path.name}:{name}": tensor
-        for path in sorted(folder.rglob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
+    """Of the whole model where there is one, the adapter, and the moments, in however many files they lie."""
+    parts = [tensors_of(folder, "model*.safetensors"), tensors_of(folder, "**/adapter_model.safetensors"), moments_of(folder)]
+    return {f"{number}:{name}": tensor for number, part in enumerate(parts) for name, tensor in sorted(part.items())}
 
 
 def train(run_uri: Path, student: Path, numbers: list[int], **lora: Any) -> list[dict[str, Any]]:
@@ -258,8 +256,7 @@ def test_a_checkpoint_is_an_adapter_that_peft_and_transformers_load(folders, tmp
     for kind in (AutoModelForCausalLM, AutoPeftModelForCausalLM):
         model = kind.from_pretrained(saved).requires_grad_(False)
         assert logprobs(model, PROMPTS[2], RESPONSES[1]) == pytest.approx(reference, abs=2e-5)
-    moments = load_file(saved / OPTIMIZER)
-    assert len(moments) == 3 * 2 * 7 * 2
+    assert len(moments_of(saved)) == 3 * 2 * 7 * 2
 
 
 @pytest.mark.parametrize("output", ["adapter", "merged"])

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from camopd.checkpoint import OPTIMIZER, STATE
+from camopd.checkpoint import SHARDING, STATE, _file, shared_out
 from camopd.config import Train
 from camopd.engines.transformers import load_model
 from camopd.errors import InputError, UnhealthyRunError
 from camopd.student import Student
 from camopd.update import make_optimizer, rows_loss, update
 from camopd.workers import run_workers
-from tests.in_workers import STEPS, kinds_of_numbers, make_plan, make_step, rounds
+from tests.in_workers import STEPS, kinds_of_numbers, make_plan, make_step, moments, rounds
 from tests.reference import SHARED
 from tests.tiny import tiny_model
 
@@ -42,16 +44,36 @@ def checkpoint(run_uri: Path, number: int) -> Path:
     return run_uri / f"rounds/{number:04d}/train"
 
 
+def tensors_of(folder: Path, pattern: str) -> dict[str, torch.Tensor]:
+    """All tensors of a model's files by name."""
+    return {key: tensor for path in sorted(folder.glob(pattern)) for key, tensor in load_file(path).items()}
+
+
+def moments_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The optimiser's tensors, put together from the parts in which several processes wrote them, by the headers' offsets."""
+    parts: dict[str, list[tuple[list[int], torch.Tensor]]] = {}
+    for path in sorted((folder / "trainer").glob("optimizer*.safetensors")):
+        with safe_open(path, "pt") as file:
+            offsets = json.loads((file.metadata() or {}).get(SHARDING, "{}"))
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                begin = offsets[key]["saved_offsets"] if offsets else []
+                parts.setdefault(key, []).append((begin, file.get_tensor(key)))
+    return {
+        key: torch.cat([part for _, part in sorted(own, key=lambda entry: entry[0])]) if len(own) > 1 else own[0][1]
+        for key, own in parts.items()
+    }
+
+
 def assert_same(ours: Path, theirs: Path) -> None:
-    """Two checkpoints have the same files, tensors of the same names and values close in float32, and the same state."""
-    names = [sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) for folder in (ours, theirs)]
-    assert names[0] == names[1]
-    for name in ("model.safetensors", OPTIMIZER):
-        mine, other = load_file(ours / name), load_file(theirs / name)
-        assert list(mine) == list(other)
+    """Two checkpoints have tensors of the same names and values close in float32, and all else byte for byte."""
+    for mine, other in (
+        (tensors_of(ours, "model*.safetensors"), tensors_of(theirs, "model*.safetensors")),
+        (moments_of(ours), moments_of(theirs)),
+    ):
+        assert sorted(mine) == sorted(other)
         for key in mine:
             torch.testing.assert_close(mine[key], other[key], atol=2e-5, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
-    for name in ("config.json", STATE):
+    for name in ("config.json", "generation_config.json", STATE):
         assert (ours / name).read_bytes() == (theirs / name).read_bytes()
 
 
@@ -97,6 +119,52 @@ def test_processes_that_share_the_updates_do_what_one_does(signal, tied, num_pro
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("writers", "readers"), [(1, 2), (2, 3), (3, 1), (2, 2)])
+def test_a_checkpoint_loads_to_the_bit_on_any_number_of_processes(writers, readers, tmp_path) -> None:
+    student = save_student(tmp_path / "student", tied=False)
+    common = {"run_uri": str(tmp_path / "run"), "student": student, "signal": "topk", "numbers": [1], "train": {}}
+    if writers == 1:
+        rounds(**common)
+    else:
+        in_workers(writers, **common)
+    folder = checkpoint(tmp_path / "run", 1)
+    written = sorted(path.name for path in folder.glob("model*.safetensors"))
+    assert written == [_file("model", rank, writers) for rank in range(writers)]
+    model = load_model(folder)  # as anyone loads it
+    state = moments_of(folder)
+    expected = [parameter.detach() for parameter in model.parameters()]
+    expected += [state[f"{name}.{key}"] for name, _ in model.named_parameters() for key in ("exp_avg", "exp_avg_sq", "step")]
+    exact = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in expected)).hexdigest()
+    arguments = {"folders": [str(folder)], "student": student}
+    if readers == 1:
+        assert moments(**arguments) == [exact]
+    else:
+        assert run_workers("tests.in_workers:moments", arguments, num_processes=readers) == [exact]
+
+
+@pytest.mark.slow
+def test_no_process_writes_or_holds_more_than_its_part(tmp_path) -> None:
+    """Of one large layer and three small ones by two processes: moments in equal parts, weights by layers."""
+    student = save_student(tmp_path / "student", tied=False)
+    in_workers(2, run_uri=str(tmp_path / "run"), student=student, signal="topk", numbers=[1], train={})
+    folder = checkpoint(tmp_path / "run", 1)
+    sizes = [path.stat().st_size for path in sorted((folder / "trainer").glob("optimizer-*"))]
+    assert max(sizes) < 0.6 * sum(sizes)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    by_file = {path.name: sorted(load_file(path)) for path in folder.glob("model-*")}
+    assert {name: sorted(k for k, v in index["weight_map"].items() if v == name) for name in by_file} == by_file
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(folder, "model-*").values())
+
+
+def test_layers_are_shared_out_whole_and_alike_in_size() -> None:
+    sizes = {"embed": 50, "layers.0.a": 30, "layers.0.b": 30, "layers.1.a": 30, "layers.1.b": 30, "norm": 2}
+    parts = shared_out(sizes, 2)
+    assert parts == {"layers.0.a": 0, "layers.0.b": 0, "layers.1.a": 1, "layers.1.b": 1, "embed": 0, "norm": 1}
+    assert set(shared_out(sizes, 1).values()) == {0}
+    assert len(set(shared_out(sizes, 9).values())) == 4
+
+
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_the_same_sentence(tmp_path) -> None:
     given = {"student": save_student(tmp_path / "student"), "signal": "sampled", "numbers": [1], "broken": 1}
     with pytest.raises(UnhealthyRunError) as alone:
@@ -132,7 +200,7 @@ def test_bfloat16_is_the_same_arithmetic_on_several_processes(tmp_path) -> None:
         assert by_two == pytest.approx(by_one, rel=5e-3)
         assert by_one == pytest.approx(exactly, rel=0.1)
         assert by_one != pytest.approx(exactly, rel=5e-3)
-    weights = load_file(checkpoint(tmp_path / "shared", 1) / "model.safetensors")
+    weights = tensors_of(checkpoint(tmp_path / "shared", 1), "model-*.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert not all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights.values())
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from camopd.checkpoint import STEPS, is_companion, load_state, save_checkpoint
+from camopd.checkpoint import STEPS, is_companion, load_state, snapshot
 from camopd.config import Branch, Recipe
 from camopd.engines.transformers import TransformersEngine
 from camopd.errors import StoreError, UnhealthyRunError
+from camopd.group import Group
 from camopd.plan import Plan
 from camopd.schedule import Schedule
 from camopd.store import Store
@@ -252,7 +253,7 @@ def test_a_saved_trainer_goes_on_bit_for_bit(tmp_path) -> None:
     first = tiny_model()
     optimizer = make_optimizer(first, recipe)
     steps(first, optimizer, 2)
-    save_checkpoint(tmp_path / "saved", first, optimizer, Schedule.of(recipe, 2), seed=0, student=student)
+    snapshot(first, optimizer, Schedule.of(recipe, 2), seed=0).write(tmp_path / "saved", Group(), student=student)
 
     resumed = type(first).from_pretrained(tmp_path / "saved").eval()
     optimizer = make_optimizer(resumed, recipe)
@@ -265,9 +266,8 @@ def test_a_saved_trainer_goes_on_bit_for_bit(tmp_path) -> None:
 def test_state_of_another_model_is_refused(tmp_path) -> None:
     recipe, model = make_recipe(), tiny_model()
     (tmp_path / "student").mkdir()
-    save_checkpoint(
-        tmp_path / "c", model, make_optimizer(model, recipe), Schedule.of(recipe), seed=0, student=tmp_path / "student"
-    )
+    taken = snapshot(model, make_optimizer(model, recipe), Schedule.of(recipe), seed=0)
+    taken.write(tmp_path / "c", Group(), student=tmp_path / "student")
     with pytest.raises(StoreError, match="another model"):
         load_state(tmp_path / "c", model, make_optimizer(model, recipe))
 

@@ -107,6 +107,11 @@ def tokenizer_folder(weights: Weights, store: Store) -> str:
     return own if own is not None and store.stat(join(own, "tokenizer_config.json")) else weights.base
 
 
+def is_adapted(parameter: str) -> bool:
+    """Whether a parameter of a model in memory belongs to an adapter, by its name."""
+    return ".lora_" in parameter
+
+
 def vllm_rank(rank: int) -> int:
     """The smallest of vLLM's ranks that holds an adapter's. Raises ValueError above the largest."""
     for allowed in VLLM_RANKS:

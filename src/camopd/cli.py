@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from camopd import __version__
+from camopd.attempts import heeding_sigterm
 from camopd.errors import CamopdError
 from camopd.estimate.assumptions import Assumptions, Dtype, EngineName, GpuName
 
@@ -278,7 +279,8 @@ def version() -> None:
 def main() -> None:
     """Entry point: an error meant for people is one message and exit code 1; anything else is a bug with its traceback."""
     try:
-        app()
+        with heeding_sigterm():
+            app()
     except CamopdError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(1)

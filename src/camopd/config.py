@@ -244,9 +244,16 @@ def cautions(recipe: Recipe) -> tuple[str, ...]:
         if branch.role == "recover" and recipe.teacher(branch) == recipe.student
     ]
     unseen = "train.diagnose_every: gradients are not compared where train.num_processes is above 1; 0 says so"
+    unused = "train.checkpoint_every: execution colocated saves where a round ends; set steps_per_round, or this to 0"
     small = "train.learning_rate: an adapter usually wants 10 to 100 times the rate for all weights, which the default is"
-    slow = recipe.train.lora is not None and "learning_rate" not in recipe.train.model_fields_set
-    return (*same, *[unseen] * (recipe.train.num_processes > 1 and recipe.train.diagnose_every > 0), *[small] * slow)
+    spread, colocated = recipe.train.num_processes > 1, recipe.execution == "colocated"
+    default_rate = "learning_rate" not in recipe.train.model_fields_set
+    return (
+        *same,
+        *[unseen] * (spread and recipe.train.diagnose_every > 0),
+        *[unused] * (colocated and recipe.train.checkpoint_every > 0),
+        *[small] * (recipe.train.lora is not None and default_rate),
+    )
 
 
 _LOCATIONS = (("student",), ("base",), ("output",), ("prompts", "chat_template"), ("evaluate", "task_dir"))

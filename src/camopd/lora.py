@@ -8,14 +8,17 @@ PEFT is imported where there is an adapter and not before: without one there is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor, device
 from transformers import PreTrainedModel
 
-from camopd.adapters import RANK, TRAINED, Weights
+from camopd.adapters import CONFIG, PREFIX, RANK, TENSORS, TRAINED, Weights
 from camopd.engines.transformers import load_model
 from camopd.plan import Plan
 from camopd.schedule import seed_of
@@ -42,25 +45,37 @@ class Output:
         lora = plan.recipe.train.lora
         return cls(plan.weights(plan.recipe.student, store).base, lora.output == "merged") if lora else None
 
-    def tensors(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-        """What is written, one after another: the adapter, and the whole model's weights with it merged in, where asked for."""
-        own = dict(model.named_parameters())
-        yield from ((name, tensor) for name, tensor in own.items() if tensor.requires_grad)
-        if self.merged:
-            from camopd.engines.lora import merged_weights
+    def merged_weights(
+        self, model: PreTrainedModel, weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Weights of the whole model that base and adapter stand for, under the names of a model without adapters.
 
-            yield from merged_weights(model)
+        Args:
+            model: whose adapter it is.
+            weights: of the base, all or some, by the model's parameter names.
+            adapter: all of its tensors by the model's parameter names.
+        """
+        found = {}
+        for name, tensor in weights.items():
+            module, inner, part = name.partition(".base_layer.")
+            names = [f"{module}.lora_{side}.{TRAINED}.weight" for side in "AB"]
+            if part == "weight" and names[0] in adapter:
+                low, high = (adapter[own] for own in names)
+                scaling: Any = model.get_submodule(module).scaling
+                tensor = tensor + scaling[TRAINED] * (high @ low)
+            found[f"{module}.{part}" if inner else name] = tensor
+        return found
 
-    def write(self, folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
-        """Write what ``tensors`` gave, on the CPU."""
-        from camopd.engines.lora import save_adapter
-
-        adapter = {name: tensor for name, tensor in tensors.items() if f".{TRAINED}." in name}
-        if not self.merged:
-            save_adapter(folder, model, adapter, self.base)
-            return
-        model.save_pretrained(folder, state_dict={name: tensor for name, tensor in tensors.items() if name not in adapter})
-        save_adapter(folder / BESIDE, model, adapter, self.base)
+    def write_adapter(self, folder: Path, model: PreTrainedModel, adapter: Mapping[str, Tensor]) -> None:
+        """Write the adapter in its place in a checkpoint, as PEFT does, the same bytes each time."""
+        place = folder / BESIDE if self.merged else folder
+        place.mkdir(parents=True, exist_ok=True)
+        named = {PREFIX + name.replace(f".{TRAINED}.", "."): tensor for name, tensor in adapter.items()}
+        save_file(named, place / TENSORS, metadata={"format": "pt"})
+        given: Any = model.peft_config[TRAINED]  # type: ignore[index]
+        config = given.to_dict() | {"base_model_name_or_path": self.base, "inference_mode": True}
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        (place / CONFIG).write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_weights(weights: Weights, store: Store, where: device | None = None) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from camopd import plan as layout
+from camopd.attempts import TERMINATED, attempt, cut_offs, remedy, silent_stages
 from camopd.config import load_recipe
 from camopd.errors import CamopdError, UnhealthyRunError
 from camopd.evaluate import EVALUATION, REPORT, evaluation_uri, headline_table
@@ -30,7 +31,7 @@ AGAIN = "Start it again with the same values: finished stages are not done twice
 
 
 class Recorded(contextlib.AbstractContextManager[None]):
-    """Writes down why a stage failed, and lets it fail.
+    """Writes down that a stage begins and ends, and why it failed, and lets it fail.
 
     Args:
         run_uri: the run's prefix, which takes ``error.json``.
@@ -43,12 +44,24 @@ class Recorded(contextlib.AbstractContextManager[None]):
     def __init__(self, run_uri: str, *, stage: str, output_uri: str, store: Store, round_number: int = 0) -> None:
         self._run_uri, self._stage, self._output_uri, self._store = run_uri, stage, output_uri, store
         self._round_number = round_number
+        self._attempt = attempt(run_uri, stage, output_uri, store)
+
+    def __enter__(self) -> None:
+        self._attempt.__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._record(error)
+        finally:
+            self._attempt.__exit__(None, None, None)
+
+    def _record(self, error: BaseException | None) -> None:
         if error is None:
             return
         # An unexpected error's text may quote data, so that only our own sentences are kept.
         reason = str(error) if isinstance(error, CamopdError) else f"{type(error).__name__}, see the log of this step"
+        if isinstance(error, SystemExit) and error.code == TERMINATED:
+            reason = "ended by SIGTERM, as when a pod is evicted or a run is stopped"
         record = {"stage": self._stage, "output": self._output_uri, "reason": reason, "time": time.time()}
         with contextlib.suppress(CamopdError, OSError):  # what fails may be the store itself
             self._store.write(error_uri(self._run_uri), json.dumps(record, indent=1, ensure_ascii=False).encode())
@@ -163,16 +176,23 @@ def describe(run_uri: str, *, succeeded: bool, store: Store) -> str:
     """Markdown on a run: how it ended, where it stands, and what to do next."""
     plan = Plan.load(store, run_uri)
     lines = {"Run": f"`{run_uri}`", "Rounds finished": f"{_rounds_finished(plan, store)} of {plan.recipe.num_rounds}"}
+    if silent := cut_offs(run_uri, store):
+        counted = ", ".join(f"{count} of {name}" for name, count in silent.items())
+        lines["Attempts that ended without a word"] = f"{counted} (killed, exit 137, often for lack of memory)"
     stopped = stop_reason(run_uri, store=store)
     if stopped is not None:
-        remedy = f"Change the setting that the reason names; to try again as it is, remove `{layout.stop_uri(run_uri)}`."
-        return _page("stopped itself", lines | {"Reason": stopped, "Next": remedy})
+        fix = f"Change the setting that the reason names; to try again as it is, remove `{layout.stop_uri(run_uri)}`."
+        return _page("stopped itself", lines | {"Reason": stopped, "Next": fix})
     if succeeded:
         return _page("finished", lines | _conclusion(plan, store))
     record = _read(error_uri(run_uri), store)
     if record and store.manifest(record["output"]) is None:
         lines |= {"Where": f"`{record['output']}`", "Reason": record["reason"], "Next": f"Mend what the reason names. {AGAIN}"}
         return _page(f"failed in {record['stage']}", lines)
+    for output, stage in silent_stages(run_uri, store).items():
+        reason = f"{stage} began and left no word, as when it is killed (exit 137, often for lack of memory)"
+        lines |= {"Where": f"`{output}`", "Reason": reason, "Next": f"{AGAIN} Where it happens again, {remedy(stage)}."}
+        return _page(f"was cut off in {stage}", lines)
     return _page("was cut off", lines | {"Reason": "no stage left word: killed, evicted or out of memory", "Next": AGAIN})
 
 

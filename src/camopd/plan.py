@@ -6,9 +6,11 @@
     teacher-prompts-<branch>/    prompts that a branch's teacher made up, where the recipe asks for them
     rounds/0001/                 one round; its prefix is what the pipeline's loop passes around
         rollout/ score-<branch>/ select/ train/      train/ is the checkpoint: a model folder with trainer state
+        train-partial/ train-failure.json            while it is trained: what is kept of its updates, why they failed
     evaluation/<id>/             scores, samples, report.html, decision
     release/<id>/                what promote did
     stop.json                    why the run stopped itself, if it did
+    attempts/ cut-off/           which stages have begun and ended, and which attempts ended without a word
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from camopd.config import Train
 from camopd.engines.transformers import device
 from camopd.errors import InputError, Problem
+from camopd.group import current
 
 Seen = TypeVar("Seen")
 LossOf = Callable[[PreTrainedModel], tuple[Tensor, Seen]]
@@ -34,8 +35,7 @@ class Student(nn.Module):
 
     Args:
         model: in evaluation mode, on its device; on the CPU where it is to be spread, which moves it layer by layer.
-        train: precision, activation checkpointing and number of processes. With more than one, this is one of them, and the
-            default process group has them all.
+        train: precision and activation checkpointing. Where this process has joined a group, all of it share the model.
 
     Attributes:
         model: the same model; spread, its parameters are ``DTensor``.
@@ -46,16 +46,15 @@ class Student(nn.Module):
         InputError: activation checkpointing of an architecture whose layers are not known.
     """
 
-    rank, num_ranks = 0, 1
-
     def __init__(self, model: PreTrainedModel, train: Train) -> None:
         super().__init__()
         self.model, self._dtype = model, getattr(torch, train.precision)
         layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         if train.activation_checkpointing:
             _checkpoint(layers, model)
-        if train.num_processes > 1:
-            self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        group = current()
+        self.rank, self.num_ranks = group.rank, group.size
+        if self.num_ranks > 1:
             self._spread(layers)
 
     def _spread(self, layers: Iterable[nn.Module]) -> None:
@@ -128,24 +127,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(tensors: Iterable[tuple[str, Tensor]], *, keep: bool = True) -> dict[str, Tensor]:
-    """Whole tensors on the CPU by name, one after another, so that no device holds more than one of them.
-
-    Args:
-        tensors: (name, tensor); every process of a group must come with the same ones.
-        keep: False takes part and returns nothing.
-    """
-    kept = {}
-    for name, tensor in tensors:
-        everything = whole(tensor)
-        if keep:
-            kept[name] = everything.detach().cpu().contiguous()
-    return kept
-
-
-def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor on a parameter's device, and spread as the parameter is where it has its shape."""
-    if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
-        mesh, placements = parameter.device_mesh, parameter.placements
-        return distribute_tensor(tensor.to(mesh.device_type), mesh, placements, src_data_rank=None)
-    return tensor.to(parameter.device)
+def on_host(tensor: Tensor, *, copy: bool = False) -> Tensor:
+    """The tensor on the CPU, without its history; with ``copy`` it stays as it is now whatever becomes of the original."""
+    return tensor.detach().to("cpu", copy=copy).contiguous()

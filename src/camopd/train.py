@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -17,12 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from camopd import plan as layout
-from camopd.checkpoint import STEPS, load_state, save_checkpoint
+from camopd.checkpoint import STEPS, load_state, snapshot
 from camopd.config import Recipe
 from camopd.diagnostics import measure
 from camopd.engines.transformers import device, output_head
 from camopd.errors import UnhealthyRunError
+from camopd.group import Group, current
 from camopd.lora import Output, load_student
+from camopd.partial import Partial, forget_partial
 from camopd.plan import Plan
 from camopd.progress import Progress
 from camopd.records import read_table
@@ -88,21 +90,30 @@ class Trainer:
     latest: dict[str, Sequence[Row]] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, plan: Plan, number: int, store: Store) -> Trainer:
-        """Go on where round ``number`` begins: from the domain model, or from the checkpoint of the round before."""
+    def load(cls, plan: Plan, number: int, store: Store, within: str | None = None) -> Trainer:
+        """Go on where round ``number`` begins: from the domain model, or from the checkpoint of the round before.
+
+        Args:
+            plan: the run's plan.
+            number: the round.
+            store: where the models lie.
+            within: a checkpoint made in the middle of the round, to go on from there.
+        """
         recipe = plan.recipe
         torch.manual_seed(seed_of(recipe.seed, "train", number))
-        folder = store.fetch(plan.student_uri(number)) if number > 1 else None
-        train = recipe.train
-        model = load_student(plan, folder, store, torch.device("cpu") if train.num_processes > 1 else device())
+        before = plan.student_uri(number) if number > 1 else None
+        source = store.fetch(before or plan.tokenizer_uri(recipe.student, store))
+        begun = within or before
+        folder = store.fetch(begun) if begun else None
+        model = load_student(plan, folder, store, torch.device("cpu") if current().size > 1 else device())
         output_head(model)  # refuses a head that the loss does not know
-        student = Student(model, train)
+        student = Student(model, recipe.train)
         optimizer = make_optimizer(model, recipe)
         done = load_state(folder, model, optimizer) if folder else 0
-        schedule = plan.schedule(number)
+        records = json.loads((folder / STEPS).read_text()) if folder and within else []
+        schedule = plan.schedule(number).advance(len(records))
         assert done == schedule.step, "the checkpoint is not the round before's last step"
-        source = folder or store.fetch(plan.tokenizer_uri(recipe.student, store))
-        return cls(plan, student, optimizer, source, schedule)
+        return cls(plan, student, optimizer, source, schedule, records)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -124,9 +135,7 @@ class Trainer:
             raise UnhealthyRunError(
                 f"step {self.schedule.step} has no response with anything to score; see the round's rollouts.parquet"
             )
-        self.latest |= {
-            name: [row for row in rows if row["branch"] == name] for name in dict.fromkeys(row["branch"] for row in rows)
-        }
+        self.see(rows)
         diagnostics = self._diagnostics()
         numbers = update(
             self.student,
@@ -146,6 +155,11 @@ class Trainer:
         self.schedule = self.schedule.advance()
         return self.records[-1]
 
+    def see(self, rows: Sequence[Row]) -> None:
+        """Take a step's scored samples for the last ones of their branches."""
+        names = dict.fromkeys(row["branch"] for row in rows)
+        self.latest |= {name: [row for row in rows if row["branch"] == name] for name in names}
+
     def _diagnostics(self) -> dict[str, Any]:
         """How the branches' gradients stand to each other before this update, when it is time to look.
 
@@ -162,28 +176,32 @@ class Trainer:
 
         return {"diagnostics": measure(self.model, self.latest, loss_of)}
 
-    def save(self, folder: Path, store: Store) -> dict[str, float]:
-        """Write the checkpoint, and ``steps.json`` of the updates since the last one. Returns their headline numbers.
+    def frozen(self, store: Store, *, copy: bool = False) -> Callable[[Path, Group], None]:
+        """A function that writes the checkpoint as it is now, and ``steps.json`` of the updates since the last round.
 
         Neither times nor what an earlier round left in memory go into it: a run that was stopped makes the same bytes. Of
-        several processes the first one writes; all must call.
+        several processes each writes its part; all must call.
+
+        Args:
+            store: where the plan lies.
+            copy: whether updates go on before the function is called.
         """
         used = join(layout.plan_uri(self.plan.run_uri), layout.TEMPLATE)
         template = store.read(used) if store.stat(used) else None
-        first = self.student.rank == 0
-        save_checkpoint(
-            folder,
-            self.model,
-            self.optimizer,
-            self.schedule,
-            seed=self.plan.recipe.seed,
-            student=self.source,
-            template=template,
-            writes=first,
-            lora=Output.of(self.plan, store),
-        )
-        if first:
-            (folder / STEPS).write_text(json.dumps(self.records, indent=1) + "\n")
+        seed, lora = self.plan.recipe.seed, Output.of(self.plan, store)
+        taken = snapshot(self.model, self.optimizer, self.schedule, seed=seed, copy=copy, lora=lora)
+        steps = json.dumps(self.records, indent=1) + "\n"
+
+        def write(folder: Path, group: Group) -> None:
+            taken.write(folder, group, student=self.source, template=template)
+            if group.rank == 0:
+                (folder / STEPS).write_text(steps)
+
+        return write
+
+    def save(self, folder: Path, store: Store) -> dict[str, float]:
+        """Write the checkpoint. Returns the headline numbers of the updates since the last one."""
+        self.frozen(store)(folder, current())
         numbers = headline(self.records)
         self.records, self.latest = [], {}
         return numbers
@@ -192,11 +210,12 @@ class Trainer:
 def run(round_uri: str, *, store: Store | None = None) -> Manifest:
     """Write the checkpoint of a round: a model folder, trainer state, and ``steps.json`` with the metrics of each update.
 
-    The prefix appears as a whole or not at all, so a killed attempt starts the round's updates again from the round before:
-    no update is applied twice.
+    The prefix appears as a whole or not at all, and no update is applied twice: a killed attempt starts the round's updates
+    again from the round before, or from what ``train.checkpoint_every`` has kept of them.
 
-    With ``train.num_processes`` above 1 the updates are done by as many processes that this one starts and waits for; what
-    they read and write is the same, and rounds of one run may have different numbers.
+    With ``train.num_processes`` above 1 the updates are done by as many processes that this one starts and waits for. Processes
+    that have joined a group already, as torchrun's do, all call this and share the updates. What is read and written is the
+    same, and rounds of one run may have different numbers.
 
     Args:
         round_uri: ``<run>/rounds/0001``, rolled out, scored and selected.
@@ -207,31 +226,38 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
         UnhealthyRunError: stale weights, or a loss that is not finite.
         WorkerError: one of several processes died or met a fault.
     """
-    store = store or Store()
+    store, group = store or Store(), current()
     run_uri, number = layout.run_and_round(round_uri)
     plan = Plan.load(store, run_uri)
-    num_processes = plan.recipe.train.num_processes
     inputs = {name: store.require(parent(uri)).content_id for name, uri in _tables(plan, number).items()}
     inputs |= {"student": plan.student_id(number, store), **plan.base_id}
+    uri, config = layout.checkpoint_uri(round_uri), training_config(plan.recipe)
+    num_processes = plan.recipe.train.num_processes
+    if group.size == 1 and num_processes > 1:
+        if store.finished(uri, stage="train", config=config, inputs=inputs) is None:
+            check_devices(num_processes)
+            gc.collect()
+            torch.cuda.empty_cache()  # `camopd run` has sampled and scored in this process, and the first GPU is one of theirs
+            run_workers("camopd.train:share", {"round_uri": round_uri}, num_processes=num_processes)
+        forget_partial(round_uri, store)
+        return store.require(uri)
+    partial = Partial(round_uri, config=config, inputs=inputs, store=store, group=group)
 
     def write(folder: Path) -> dict[str, Any]:
         begun = time.monotonic()
-        if num_processes == 1:
-            numbers = updates(round_uri, folder, store)
-        else:
-            check_devices(num_processes)
-            models = (*plan.weights(plan.recipe.student, store).locations, plan.student_uri(number))
-            for uri in (*models, *_tables(plan, number).values()):
-                store.fetch(uri)  # once, before several would at the same time
-            gc.collect()
-            torch.cuda.empty_cache()  # `camopd run` has sampled and scored in this process, and the first GPU is one of theirs
-            arguments = {"round_uri": round_uri, "folder": str(folder)}
-            numbers = run_workers("camopd.train:updates", arguments, num_processes=num_processes)
+        trainer = updates(plan, number, store, partial)
+        numbers = trainer.save(folder, store) | partial.numbers()
         return numbers | {"tokens_per_second": numbers["tokens"] / (time.monotonic() - begun)}
 
-    return store.produce(
-        layout.checkpoint_uri(round_uri), stage="train", config=training_config(plan.recipe), inputs=inputs, write=write
-    )
+    manifest = store.produce(uri, stage="train", config=config, inputs=inputs, write=write, writers=group)
+    if group.rank == 0:
+        forget_partial(round_uri, store)
+    return manifest
+
+
+def share(round_uri: str) -> None:
+    """``run`` as one of several processes."""
+    run(round_uri)
 
 
 def _tables(plan: Plan, number: int) -> dict[str, str]:
@@ -245,30 +271,36 @@ def _tables(plan: Plan, number: int) -> dict[str, str]:
     return tables | {f"score/{name}": join(layout.score_uri(uri, name), "scored.parquet") for name in names}
 
 
-def updates(round_uri: str, folder: str | Path, store: Store | None = None) -> dict[str, float]:
-    """The updates of one round and its checkpoint in ``folder``, alone or as one of several processes; the first reports.
-
-    Returns:
-        The round's headline numbers.
-    """
-    store = store or Store()
-    run_uri, number = layout.run_and_round(round_uri)
-    plan = Plan.load(store, run_uri)
-    recipe, tables = plan.recipe, _tables(plan, number)
-    set_threads(recipe.num_threads, num_processes=recipe.train.num_processes)
-    trainer = Trainer.load(plan, number, store)
+def updates(plan: Plan, number: int, store: Store, partial: Partial) -> Trainer:
+    """The updates of one round, alone or as one of several processes. Returns the trainer after the last."""
+    recipe, tables, group = plan.recipe, _tables(plan, number), current()
+    set_threads(recipe.num_threads, num_processes=group.on_this_machine)
+    within = partial.last()
+    if group.local_rank == 0:  # once on a machine, before several would at the same time
+        domain = plan.weights(recipe.student, store).locations if number == 1 or recipe.train.lora else ()
+        for uri in {*domain, plan.student_uri(number), *tables.values(), *([within] if within else [])}:
+            store.fetch(uri)
+    group.gather(None)
+    trainer = Trainer.load(plan, number, store, within)
     rollouts = read_table(store.fetch(tables.pop("rollout")), "rollouts")
     selection = read_table(store.fetch(tables.pop("select")), "selection")
     scored = [row for uri in tables.values() for row in read_table(store.fetch(uri), "scored")]
     chosen = selected_rows(rollouts, scored, selection)
-    total, rounds = recipe.steps_per_round, recipe.num_rounds
-    if trainer.student.rank == 0:
-        progress = Progress("train", total=total, unit="steps", round_number=number, num_rounds=rounds)
+    total, rounds, done = recipe.steps_per_round, recipe.num_rounds, len(trainer.records)
+    if group.rank == 0:
+        progress = Progress("train", total=total, unit="steps", round_number=number, num_rounds=rounds, done=done)
     for at in plan.schedule(number).ahead(total):
-        record = trainer.step([row for row in rollouts if row["step"] == at.step], chosen.get(at.step, []))
-        if trainer.student.rank == 0:
+        rows = chosen.get(at.step, [])
+        if at.step < trainer.schedule.step:
+            trainer.see(rows)
+            continue
+        record = trainer.step([row for row in rollouts if row["step"] == at.step], rows)
+        if group.rank == 0:
             progress.advance(1, tokens=record["tokens"], branch=", ".join(at.active))
-    return trainer.save(Path(folder), store)
+        if partial.wanted(len(trainer.records), recipe):
+            partial.save(len(trainer.records), lambda: trainer.frozen(store, copy=True))
+    partial.wait()
+    return trainer
 
 
 def training_config(recipe: Recipe) -> dict[str, Any]:
@@ -290,3 +322,9 @@ def headline(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         for key in ("gap", "kept_ratio", "topk_mass", "mean_length", "num_selected"):
             numbers[f"{name}/{key}"] = sum(step[key] for step in own) / len(own)
     return numbers
+
+
+if __name__ == "__main__":
+    from camopd.torchrun import main
+
+    main()

@@ -14,18 +14,15 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from camopd import errors
 from camopd.errors import CamopdError, InputError, Problem, WorkerError
+from camopd.failures import described, of_fault, revived
+from camopd.group import TIMEOUT, join_group
 
-TIMEOUT = 900.0  # seconds that a process waits for the others; one pass, or loading a model, must not take longer
 GRACE = 3.0  # seconds after the first failure in which the others may say theirs: they may have been the cause
 TAIL = 4000  # characters of the log of a process that died without a word
 
@@ -118,16 +115,14 @@ def _cause(folder: Path, codes: Sequence[int | None], first: int) -> CamopdError
     ours = [rank for rank, error in said.items() if "trace" not in error]
     dead = sorted((rank for rank, code in enumerate(codes) if code and rank not in said), key=lambda rank: rank != first)
     if ours:
-        return _revived(said[ours[0]])
+        return revived(said[ours[0]])
     if dead:
         rank = dead[0]
         sys.stderr.write((folder / f"{rank}.log").read_text(errors="replace")[-TAIL:])
         return WorkerError(f"process {rank + 1} of {len(codes)} {_death(codes[rank] or 0)}")
     rank = min(said, key=lambda rank: said[rank]["time"])
     sys.stderr.write(said[rank]["trace"])
-    return WorkerError(
-        f"process {rank + 1} of {len(codes)} failed: {said[rank]['type']}, see its trace in the log of this step"
-    )
+    return of_fault(said[rank]["type"], rank, len(codes))
 
 
 def _death(code: int) -> str:
@@ -143,14 +138,6 @@ def _answer(folder: Path, rank: int) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _revived(record: Mapping[str, Any]) -> CamopdError:
-    """The error that a worker wrote down, in its own class: an unhealthy run must stay one."""
-    if record["type"] == InputError.__name__:
-        return InputError(Problem(**problem) for problem in record["problems"])
-    kind = getattr(errors, record["type"])
-    return kind(record["message"])
-
-
 # --- The processes that are started ---------------------------------------------------------------------------------------
 
 
@@ -159,11 +146,11 @@ def main(folder: Path, rank: int) -> NoReturn:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     task = json.loads((folder / "task.json").read_text())
     try:
-        _join(folder, rank, task["num_processes"], task["timeout"])
+        join_group(f"file://{folder}/meeting", rank=rank, size=task["num_processes"], timeout=task["timeout"])
         module, _, name = task["target"].partition(":")
         word = {"value": getattr(import_module(module), name)(**task["arguments"])}
     except Exception as error:  # whatever it is, the process that waits has to be told, and says it
-        word = {"error": _described(error)}
+        word = {"error": described(error)}
     written = folder / f"{rank}.part"
     written.write_text(json.dumps(word))
     written.rename(folder / f"{rank}.json")
@@ -174,30 +161,9 @@ def main(folder: Path, rank: int) -> NoReturn:
     os._exit(1 if "error" in word else 0)  # at once: taking the group down can wait for a neighbour that is gone
 
 
-def _join(folder: Path, rank: int, num_processes: int, timeout: float) -> None:
-    import torch
-    import torch.distributed as dist
-
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
-        backend = "nccl"
-    meeting = f"file://{folder}/meeting"
-    dist.init_process_group(
-        backend, init_method=meeting, rank=rank, world_size=num_processes, timeout=timedelta(seconds=timeout)
-    )
-
-
 def _end_with_parent() -> None:
     sys.stdin.buffer.read()
     os._exit(1)
-
-
-def _described(error: Exception) -> dict[str, Any]:
-    record: dict[str, Any] = {"type": type(error).__name__, "message": str(error), "time": time.time()}
-    if isinstance(error, InputError):
-        return record | {"problems": [asdict(problem) for problem in error.problems]}
-    return record if isinstance(error, CamopdError) else record | {"trace": traceback.format_exc()}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,11 +11,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from camopd.adapters import CONFIG, PREFIX, TENSORS, TRAINED, USED, local_config, modules_of
+from camopd.adapters import PREFIX, TENSORS, TRAINED, USED, local_config, modules_of
 from camopd.engines import Sample, Scores
 from camopd.engines.transformers import TransformersEngine
 from camopd.errors import InputError, Problem
@@ -134,44 +133,3 @@ class AdaptedEngine(TransformersEngine):
     def _sample_batch(self, *arguments: Any) -> list[Sample]:
         with speaking(self._model, self._adapter):
             return super()._sample_batch(*arguments)
-
-
-# --- Out of memory again --------------------------------------------------------------------------------------------------
-
-
-def save_adapter(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor], base: str) -> None:
-    """Write the adapter that learns as PEFT does, the same bytes each time.
-
-    Args:
-        folder: where to write.
-        model: whose adapter it is.
-        weights: its tensors by the model's parameter names, on the CPU.
-        base: location of the model under it, as its config is to tell.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    named = {PREFIX + name.replace(f".{TRAINED}.", "."): tensor for name, tensor in weights.items()}
-    save_file(named, folder / TENSORS, metadata={"format": "pt"})
-    given: Any = model.peft_config[TRAINED]  # type: ignore[index]
-    config = given.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    (folder / CONFIG).write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@torch.no_grad()
-def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The weights of the whole model that base and learning adapter stand for, each tensor once, made one after another.
-
-    Names are those of the model without adapters. Where the parameters are spread over processes, so are these.
-    """
-    own = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}  # a tied one once
-    parameters = dict(model.named_parameters())
-    layers = tuned_layers(model)
-    for name, tensor in parameters.items():
-        if ".lora_" in name or id(tensor) not in own:
-            continue
-        module, inner, part = name.partition(".base_layer.")
-        if inner and part == "weight" and TRAINED in layers[module].scaling:
-            low, high = (parameters[f"{module}.lora_{side}.{TRAINED}.weight"] for side in "AB")
-            yield f"{module}.weight", tensor + layers[module].scaling[TRAINED] * (high @ low)
-        else:
-            yield (f"{module}.{part}" if inner else name), tensor

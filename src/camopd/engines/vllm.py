@@ -6,12 +6,14 @@ hook in the workers masks the rest of the head, so that they equal those of the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from camopd.config import VLLM
@@ -102,6 +104,7 @@ class VllmEngine:
             **self._settings.model_dump(),
             **lora_arguments(self._adapters),
         )
+        others = set(psutil.Process().children(recursive=True))
         try:
             engine = LLMEngine.from_engine_args(arguments)
             broken = {name for names in engine.collective_rpc("camopd_prepare", args=(self._vocab_size,)) for name in names}
@@ -111,6 +114,11 @@ class VllmEngine:
                 f"vLLM does not start with {self._path}: {reason}; its own messages are above. Where memory is short, set "
                 "vllm.gpu_memory_utilization or vllm.tensor_parallel_size"
             ) from error
+        except BaseException:  # SIGTERM's above all: there is no engine yet that could be closed
+            for process in set(psutil.Process().children(recursive=True)) - others:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            raise
         if broken:
             stop(engine)
             fix = "export the checkpoint again"

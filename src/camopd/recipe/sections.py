@@ -117,7 +117,9 @@ class Lora(Section):
 class Train(Section):
     """The updates. eps_lo, eps_hi and the optimiser's details are unpublished: the defaults are ours (method section 2)."""
 
-    HOW: ClassVar[frozenset[str]] = frozenset({"num_processes", "activation_checkpointing"})  # leave the weights as they are
+    HOW: ClassVar[frozenset[str]] = frozenset(  # leave the weights as they are
+        {"num_processes", "activation_checkpointing", "checkpoint_every"}
+    )
 
     lora: Lora | None = Field(None, description="Train an adapter, all weights frozen; none trains all weights.")
 
@@ -138,6 +140,7 @@ class Train(Section):
     )
     activation_checkpointing: bool = Field(False, description="Compute layers again in the backward pass: less memory.")
     num_processes: Int = Field(1, ge=1, description="Processes of one machine that share the updates (FSDP), a GPU each.")
+    checkpoint_every: Int = Field(0, ge=0, description="Updates between saves inside a round, beside the next ones; 0: none.")
     diagnose_every: Int = Field(8, ge=0, description="Updates between looks at the branches' gradients; 0 looks never.")
     max_engine_gap: Float = Field(0.1, gt=0, description="Mean |log p_engine - log p_trainer| that means stale weights.")
 

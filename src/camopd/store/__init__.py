@@ -1,7 +1,8 @@
 """Local folders and s3:// prefixes behind one small interface, and what makes a prefix finished.
 
 A stage writes one prefix and its ``manifest.json`` last; a prefix without a manifest does not exist. Nothing that lies in a
-store is ever deleted, and names that begin with a dot (``.git``, ``.cache``, half-written files) are nobody's content.
+store is ever deleted but what training keeps for its own restart, and names that begin with a dot (``.git``, ``.cache``,
+half-written files) are nobody's content.
 """
 
 from __future__ import annotations
@@ -65,8 +66,35 @@ class Backend(Protocol):
     def download(self, uri: str, path: Path) -> None:
         """Get a file of any size to a local path."""
 
-    def publish(self, folder: Path, uri: str) -> bool:
-        """Make the prefix from all files of a folder, its manifest last; they may be moved. False: it was finished already."""
+    def share(self, folder: Path, uri: str) -> None:
+        """Bring the files of one of several writers to where ``publish`` by another one counts on them."""
+
+    def publish(self, folder: Path, uri: str, shared: Sequence[Path] = ()) -> bool:
+        """Make the prefix from all files of a folder, its manifest last; they may be moved. False: it was finished already.
+
+        ``shared`` are the folders of the other writers, where there are several.
+        """
+
+    def remove(self, uri: str) -> bool:
+        """Delete a file, or a prefix with all that lies below it, its manifest first. False where that is not allowed."""
+
+
+class Writers(Protocol):
+    """The processes that write one prefix together, as one of them sees it; ``camopd.group.Group`` is one."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this process; 0 writes the manifest."""
+
+    def gather(self, value: Any) -> Sequence[Any]:
+        """JSON of each process, by rank, on each of them; waits for all."""
+
+
+class _Alone:
+    rank = 0
+
+    def gather(self, value: Any) -> Sequence[Any]:
+        return [value]
 
 
 class Store:
@@ -107,6 +135,13 @@ class Store:
     def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Write a small file in one piece; False when it was there and ``if_absent`` was asked for."""
         return self._backend(uri).write(uri, data, if_absent=if_absent)
+
+    def remove(self, uri: str) -> bool:
+        """Delete a file, or a prefix with all that lies below it, its manifest first. False where that is not allowed.
+
+        For what training keeps for its own restart; nothing else is ever deleted.
+        """
+        return self._backend(uri).remove(uri)
 
     def manifest(self, uri: str) -> Manifest | None:
         """The manifest of a finished prefix, or None: then the prefix does not exist. Raises StoreError for a broken one."""
@@ -229,11 +264,15 @@ class Store:
         config: Mapping[str, Any],
         inputs: Mapping[str, str],
         write: Callable[[Path], Mapping[str, Any]],
+        writers: Writers | None = None,
     ) -> Manifest:
         """Make the prefix by ``write(folder) -> metrics`` unless it is finished already; the manifest goes last.
 
         A killed attempt leaves no manifest, so the next one starts the stage again; a finished one is returned at once. When
         two make the same prefix at once, the first to finish counts, and both return its manifest.
+
+        Several processes may write one prefix together, each its own files: all call this alike, each fills a folder of its
+        own, and the first writes one manifest when the files of all are there. They share nothing but the store.
 
         Args:
             uri: the prefix the stage writes.
@@ -241,36 +280,47 @@ class Store:
             config: the settings that shape the content.
             inputs: content id of each input.
             write: fills an empty local folder and returns the headline numbers (they are not part of the content).
+            writers: this process among those that write the prefix, if there are several; the first one's numbers count.
 
         Raises:
             StoreError: the prefix was made from other inputs or another configuration.
         """
         config, inputs = canonical(config), canonical(inputs)
-        done = self._finished(uri, stage, config, inputs)
-        if done is not None:
-            return done
+        writers = writers or _Alone()
+        done = self.finished(uri, stage=stage, config=config, inputs=inputs)
+        if all(writers.gather(done is not None)):
+            return done or self.require(uri)
         with scratch(self._cache if is_s3(uri) else local_path(uri).parent) as folder:
             begun = time.monotonic()
             metrics = canonical(write(folder))
-            files = tuple(FileInfo(name, path.stat().st_size, sha256_file(path)) for name, path in content_of(folder))
-            manifest = Manifest(
-                stage=stage,
-                content_id=content_id_of(files),
-                files=files,
-                config=config,
-                inputs=inputs,
-                metrics=metrics,
-                seconds=round(time.monotonic() - begun, 3),
-                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                software={"camopd": __version__, "python": platform.python_version()},
-            )
-            (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-            if self._backend(uri).publish(folder, uri):
+            own = [FileInfo(name, path.stat().st_size, sha256_file(path)) for name, path in content_of(folder)]
+            if writers.rank:
+                self._backend(uri).share(folder, uri)
+            parts = writers.gather({"folder": str(folder), "files": [[file.name, file.size, file.sha256] for file in own]})
+            manifest, published = None, False
+            if writers.rank == 0:
+                files = tuple(sorted((FileInfo(*file) for part in parts for file in part["files"]), key=lambda file: file.name))
+                manifest = Manifest(
+                    stage=stage,
+                    content_id=content_id_of(files),
+                    files=files,
+                    config=config,
+                    inputs=inputs,
+                    metrics=metrics,
+                    seconds=round(time.monotonic() - begun, 3),
+                    created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                    software={"camopd": __version__, "python": platform.python_version()},
+                )
+                (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+                published = self._backend(uri).publish(folder, uri, [Path(part["folder"]) for part in parts[1:]])
+            writers.gather(None)  # nobody's folder goes before its files are taken
+            if manifest and published:
                 return manifest
-        return self._finished(uri, stage, config, inputs) or self.require(uri)
+        return self.finished(uri, stage=stage, config=config, inputs=inputs) or self.require(uri)
 
-    def _finished(self, uri: str, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Manifest | None:
-        """The manifest of the prefix when it is finished and was made by just this. Raises StoreError when not."""
+    def finished(self, uri: str, *, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Manifest | None:
+        """The manifest of the prefix when it is finished, or None. Raises StoreError when it was made by anything but this."""
+        config, inputs = canonical(config), canonical(inputs)
         done = self.manifest(uri)
         if done is None:
             if self.stat(join(uri, MANIFEST)) is not None:

@@ -54,16 +54,40 @@ class LocalBackend:
         with explained(uri):
             shutil.copyfile(local_path(uri), path)
 
-    def publish(self, folder: Path, uri: str) -> bool:
+    def share(self, folder: Path, uri: str) -> None:
+        """They stay where they are, beside the prefix, until ``publish`` moves them under its lock."""
+
+    def publish(self, folder: Path, uri: str, shared: Sequence[Path] = ()) -> bool:
         root = local_path(uri)
+        for other in shared:
+            if not other.is_dir():
+                raise StoreError(
+                    f"{uri}: the part of another process, {other}, is not visible here; processes of several machines need a "
+                    "folder that all of them see, or an s3:// output"
+                )
         with explained(uri):
             root.mkdir(parents=True, exist_ok=True)
             with _lock(root):
                 if (root / MANIFEST).exists():
                     return False
-                for name, path in content_of(folder):
+                for name, path in (entry for part in (*shared, folder) for entry in content_of(part)):
                     _move(path, root / name)
                 return self.write(join(uri, MANIFEST), (folder / MANIFEST).read_bytes(), if_absent=True)
+
+    def remove(self, uri: str) -> bool:
+        path = local_path(uri)
+        try:
+            for manifest in sorted(path.rglob(MANIFEST)):
+                manifest.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except PermissionError:
+            return False
+        except OSError as error:
+            raise StoreError(f"{uri} could not be removed: {error.strerror} ({error.filename})") from error
+        return True
 
 
 def content_of(root: Path) -> Sequence[tuple[str, Path]]:

@@ -113,6 +113,7 @@ def _is_amazon(endpoint: str) -> bool:
 class S3Backend:
     """Prefixes of buckets. It needs s3:GetObject, s3:PutObject and s3:ListBucket, and no right to delete.
 
+    With s3:DeleteObject training removes what it kept for its own restart; without it that stays and takes up space.
     With s3:AbortMultipartUpload and s3:ListBucketMultipartUploads it also frees the parts that failed and killed uploads left.
 
     Args:
@@ -195,7 +196,12 @@ class S3Backend:
         with explained(str(path)), self._explained(uri), create_transfer_manager(self._client, _TRANSFER) as manager:
             manager.download(address["Bucket"], address["Key"], str(path)).result()
 
-    def publish(self, folder: Path, uri: str) -> bool:
+    def share(self, folder: Path, uri: str) -> None:
+        """Objects are visible to all, and count when the manifest names them."""
+        for name, path in content_of(folder):
+            self._upload(path, join(uri, name))
+
+    def publish(self, folder: Path, uri: str, shared: Sequence[Path] = ()) -> bool:
         place, manifest, files = join(uri, MANIFEST), (folder / MANIFEST).read_bytes(), content_of(folder)
         if self.stat(place) is not None:
             return False
@@ -216,6 +222,21 @@ class S3Backend:
         if ours is None or theirs is None or ours.content_id != theirs.content_id:
             raise StoreError(f"{uri} was written by two runs at once, with different content; remove it and start one of them")
         return False
+
+    def remove(self, uri: str) -> bool:
+        address = _address(uri)
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=address["Bucket"], Prefix=address["Key"] + "/")
+        with self._explained(uri):
+            below = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+            below.sort(key=lambda key: key.rpartition("/")[2] != MANIFEST)
+            try:
+                for key in (address["Key"], *below):  # one by one: some servers want a checksum of a deletion of many
+                    self._client.delete_object(Bucket=address["Bucket"], Key=key)
+            except ClientError as error:
+                if _status(error) == 403:
+                    return False
+                raise
+        return True
 
     def _upload(self, path: Path, uri: str) -> None:
         """In parts where it is large; a failed upload is aborted by the transfer manager, so that no parts stay behind."""

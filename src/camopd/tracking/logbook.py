@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from camopd import __version__
 from camopd import plan as layout
+from camopd.attempts import cut_offs
 from camopd.plan import Plan
 from camopd.rounds import stop_reason
 from camopd.store import Manifest, Store, digest, is_s3, join, parent
@@ -251,6 +252,9 @@ def entries(plan: Plan, store: Store) -> Iterator[Entry]:
         yield Entry(f"round-{round_number:04d}", trained.content_id, partial(_round, plan, round_number, store), nested=True)
     if (reason := stop_reason(plan.run_uri, store=store)) is not None:
         yield Entry("stop", digest(reason), lambda: Facts(tags={"camopd.stopped": reason[:MAX_TAG_LENGTH]}))
+    if silent := cut_offs(plan.run_uri, store):
+        counted = ", ".join(f"{count} of {name}" for name, count in silent.items())[:MAX_TAG_LENGTH]
+        yield Entry("cut-off", digest(silent), lambda: Facts(tags={"camopd.attempts_without_a_word": counted}))
     for uri, done in _evaluations(plan, store):
         yield Entry(f"evaluation-{_name(uri)}", done.content_id, partial(_evaluation, plan, uri, done, store))
     for file in store.list(join(plan.run_uri, "release")):

@@ -1,0 +1,137 @@
+"""Attempts that end without a word, and the ways in which one can still have the last.
+
+What is killed outright (exit code 137: out of memory, mostly) can tell nobody. So each stage writes down that it has begun and
+that it has ended, and the next attempt finds what is missing. SIGTERM, as of an evicted pod, leaves some seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+from camopd.errors import CamopdError
+from camopd.store import Store, join
+
+log = logging.getLogger(__name__)
+
+TERMINATED = 143  # exit code of a process that SIGTERM has ended
+CLEAN_UP = 8.0  # seconds after SIGTERM in which a process may end in order; Kubernetes kills after 30, often less
+REMEDIES = {
+    "rollout": "lower rollout.batch_size",
+    "score": "lower score.batch_tokens",
+    "train": "lower train.batch_tokens",
+    "evaluate": "lower evaluate.batch_size",
+}
+
+
+# --- Records --------------------------------------------------------------------------------------------------------------
+
+
+def attempt_uri(run_uri: str, output_uri: str) -> str:
+    """``<run>/rounds/0001/train -> <run>/attempts/rounds-0001-train.json``: whether a stage's last attempt has ended."""
+    return join(run_uri, "attempts", output_uri.removeprefix(run_uri).strip("/").replace("/", "-") + ".json")
+
+
+def cut_off_uri(run_uri: str) -> str:
+    """Prefix of a record for each attempt that ended without a word."""
+    return join(run_uri, "cut-off")
+
+
+def begin_attempt(run_uri: str, stage: str, output_uri: str, store: Store) -> None:
+    """Write down that a stage begins; when the attempt before it has left no end, say so and keep it in the run's records."""
+    uri = attempt_uri(run_uri, output_uri)
+    before = _read(uri, store)
+    if before.get("state") == "begun":
+        log.warning(
+            "%s: the attempt before this one ended without a word (as when the node or the container is killed, exit 137, "
+            "often for lack of memory); where it happens again, %s",
+            output_uri,
+            remedy(stage),
+        )
+        name = uri.rpartition("/")[2].removesuffix(".json")
+        store.write(join(cut_off_uri(run_uri), f"{name}-{before['time']:.0f}.json"), json.dumps(before, indent=1).encode())
+    record = {"stage": stage, "output": output_uri, "state": "begun", "time": time.time()}
+    store.write(uri, json.dumps(record, indent=1).encode())
+
+
+def end_attempt(run_uri: str, stage: str, output_uri: str, store: Store) -> None:
+    """Write down that a stage has ended, well or not."""
+    record = {"stage": stage, "output": output_uri, "state": "ended", "time": time.time()}
+    store.write(attempt_uri(run_uri, output_uri), json.dumps(record, indent=1).encode())
+
+
+def remedy(stage: str) -> str:
+    """What helps a stage that is killed for lack of memory."""
+    more = "give the step more memory"
+    return f"{REMEDIES[stage]} or {more}" if stage in REMEDIES else more
+
+
+def cut_offs(run_uri: str, store: Store) -> dict[str, int]:
+    """How many attempts of a stage ended without a word, by the prefix that the stage writes, relative to the run."""
+    found: dict[str, int] = {}
+    for file in store.list(cut_off_uri(run_uri)):
+        name = file.name.removesuffix(".json").rpartition("-")[0]
+        found[name] = found.get(name, 0) + 1
+    return found
+
+
+def silent_stages(run_uri: str, store: Store) -> dict[str, str]:
+    """Stage by the prefix that it writes, of those that have begun and left no end: at work now, or killed."""
+    folder = join(run_uri, "attempts")
+    records = [_read(join(folder, file.name), store) for file in store.list(folder)]
+    return {record["output"]: record["stage"] for record in records if record.get("state") == "begun"}
+
+
+def _read(uri: str, store: Store) -> dict[str, Any]:
+    return json.loads(store.read(uri)) if store.stat(uri) is not None else {}
+
+
+@contextlib.contextmanager
+def attempt(run_uri: str, stage: str, output_uri: str, store: Store) -> Iterator[None]:
+    """The records around a stage that is not finished yet, and SIGTERM heeded while it is at work."""
+    told = store.manifest(output_uri) is None
+    with heeding_sigterm():
+        if told:
+            begin_attempt(run_uri, stage, output_uri, store)
+        try:
+            yield
+        finally:
+            if told:
+                with contextlib.suppress(CamopdError, OSError):  # what fails may be the store itself
+                    end_attempt(run_uri, stage, output_uri, store)
+
+
+# --- SIGTERM --------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def heeding_sigterm() -> Iterator[None]:
+    """SIGTERM becomes SystemExit(143) in the main thread, so that engines and workers are closed on the way out.
+
+    What cannot be closed in time does not keep the process: it is gone within ten seconds.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is _leave:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+    last = threading.Timer(CLEAN_UP, os._exit, (TERMINATED,))
+    last.daemon = True
+    last.start()
+    raise SystemExit(TERMINATED)
