@@ -27,9 +27,9 @@ from camopd.estimate.memory import score_memory, train_parts
 from camopd.estimate.shapes import ModelShape, read_shape
 from camopd.estimate.sources import SHIPPED, LengthOptions, mean_lengths, measured_lengths
 from camopd.estimate.storage import checkpoint_bytes, row_bytes, table_bytes
-from camopd.group import current
 from camopd.estimate.total import estimate
 from camopd.estimate.work import forward_flops, num_steps, samples_of, train_flops
+from camopd.group import current
 from camopd.plan import Plan
 from camopd.records import write_table
 from camopd.schedule import Schedule

@@ -24,6 +24,7 @@ from camopd.engines.transformers import load_model
 from camopd.errors import InputError
 from camopd.estimate.shapes import read_shape
 from camopd.estimate.storage import checkpoint_bytes
+from camopd.group import current
 from camopd.lora import load_weights
 from camopd.plan import Plan, run_id
 from camopd.recipe.sections import Lora
@@ -370,3 +371,26 @@ def test_a_checkpoint_belongs_to_the_domain_model_s_base(folders, tmp_path) -> N
     config = checkpoint(run, 1) / "adapter_config.json"
     config.write_text(config.read_text().replace(str(folders["base"]), "/gone"))
     assert plan.weights(str(checkpoint(run, 1)), Store()) == Weights(str(folders["base"]), str(checkpoint(run, 1)))
+
+
+@pytest.mark.parametrize("output", ["adapter", "merged"])
+def test_it_goes_on_from_the_middle_of_a_round(output, folders, tmp_path) -> None:
+    """From what was kept beside the updates: the weights and moments of that moment, not of later ones."""
+    lora = {"lora": {"output": output}, "learning_rate": 1e-2}
+    plan = make_training_plan(str(tmp_path / "run"), str(folders["base"]), "topk", lora)
+    whole = Trainer.load(plan, 1, Store())
+    for number, counts in enumerate(STEPS):
+        rows = make_step(number, counts)
+        whole.step(rows, rows)
+        if number == 1:
+            write = whole.frozen(Store(), copy=True)
+    write(tmp_path / "within", current())
+    rest = Trainer.load(plan, 1, Store(), within=str(tmp_path / "within"))
+    for number in (2, 3):
+        rows = make_step(number, STEPS[number])
+        rest.step(rows, rows)
+    for trainer, name in ((whole, "whole"), (rest, "rest")):
+        trainer.save(tmp_path / name, Store())
+    mine, other = tensors(tmp_path / "whole"), tensors(tmp_path / "rest")
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) for name in mine)

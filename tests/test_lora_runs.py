@@ -119,7 +119,7 @@ def test_stopped_after_any_round_it_ends_with_the_same_bytes(output, tmp_path) -
 
 
 def test_the_stages_do_it_too(adapter, tmp_path) -> None:
-    """Sampled, scored, trained and evaluated stage by stage, with teachers that answer: two models over one base."""
+    """Sampled, scored, trained by two processes and evaluated stage by stage; teachers answer: two models over one base."""
     settings = {
         **QUICK,
         "output": str(tmp_path / "runs"),
@@ -128,6 +128,7 @@ def test_the_stages_do_it_too(adapter, tmp_path) -> None:
         "student": adapter,
         "base": str(GENERAL),
         "train.lora.output": "adapter",
+        "train.num_processes": 2,
     }
     done = workflow.run("micro", settings)
     plan = Plan.load(Store(), done.uri)
