@@ -6,6 +6,9 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from importlib.util import find_spec
@@ -259,6 +262,51 @@ def test_a_worker_that_is_killed_while_sampling_is_said(tmp_path) -> None:
         with pytest.raises(EngineError, match="vLLM's process died while sampling"):
             list(answers)
     assert vllm_processes() == before
+
+
+def is_vllms(process) -> bool:
+    import psutil
+
+    try:
+        return process.name().startswith("VLLM")
+    except psutil.NoSuchProcess:
+        return False
+
+
+STARTING = """
+import sys
+from pathlib import Path
+from camopd.attempts import heeding_sigterm
+from tests.test_vllm_engine import start
+
+if __name__ == "__main__":
+    with heeding_sigterm(at_once=True):
+        start(Path(sys.argv[1])).close()
+"""
+
+
+def test_sigterm_while_it_starts_leaves_no_process(tmp_path) -> None:
+    """As soon as its core is there, and when a worker has been started, too: both long before the engine is ready."""
+    import psutil
+
+    padded_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "starting.py").write_text(STARTING)
+    for wanted in (1, 2):
+        starter = subprocess.Popen(
+            [sys.executable, str(tmp_path / "starting.py"), str(tmp_path / "model")],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])},
+        )
+        below: list[psutil.Process] = []
+        while sum(map(is_vllms, below)) < wanted:
+            assert starter.poll() is None, "it had started before it was stopped"
+            below = psutil.Process(starter.pid).children(recursive=True)
+            time.sleep(0.02)
+        begun = time.monotonic()
+        starter.send_signal(signal.SIGTERM)
+        assert starter.wait(timeout=15) == 143
+        assert time.monotonic() - begun < 10
+        _, left = psutil.wait_procs(below, timeout=5)
+        assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_a_model_with_nan_weights_is_refused_by_name(tmp_path) -> None:

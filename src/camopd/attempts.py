@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from camopd.store import Store, join
 log = logging.getLogger(__name__)
 
 TERMINATED = 143  # exit code of a process that SIGTERM has ended
-CLEAN_UP = 8.0  # seconds after SIGTERM in which a process may end in order; Kubernetes kills after 30, often less
+CLEAN_UP = 8  # seconds after SIGTERM in which a process may end in order; Kubernetes kills after 30, often less
 REMEDIES = {
     "rollout": "lower rollout.batch_size",
     "score": "lower score.batch_tokens",
@@ -113,10 +114,13 @@ def attempt(run_uri: str, stage: str, output_uri: str, store: Store) -> Iterator
 
 
 @contextlib.contextmanager
-def heeding_sigterm() -> Iterator[None]:
+def heeding_sigterm(*, at_once: bool = False) -> Iterator[None]:
     """SIGTERM becomes SystemExit(143) in the main thread, so that engines and workers are closed on the way out.
 
     What cannot be closed in time does not keep the process: it is gone within ten seconds.
+
+    Args:
+        at_once: end the process here, when all within is closed, without waiting for threads that still upload.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -124,6 +128,12 @@ def heeding_sigterm() -> Iterator[None]:
     signal.signal(signal.SIGTERM, _leave)
     try:
         yield
+    except SystemExit as stop:
+        if at_once and stop.code == TERMINATED:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(TERMINATED)
+        raise
     finally:
         if signal.getsignal(signal.SIGTERM) is _leave:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -131,7 +141,6 @@ def heeding_sigterm() -> Iterator[None]:
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-    last = threading.Timer(CLEAN_UP, os._exit, (TERMINATED,))
-    last.daemon = True
-    last.start()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(CLEAN_UP)  # the kernel's, since a process that hangs on its way out runs no Python any more
     raise SystemExit(TERMINATED)

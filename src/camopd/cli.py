@@ -279,7 +279,7 @@ def version() -> None:
 def main() -> None:
     """Entry point: an error meant for people is one message and exit code 1; anything else is a bug with its traceback."""
     try:
-        with heeding_sigterm():
+        with heeding_sigterm(at_once=True):
             app()
     except CamopdError as error:
         typer.echo(f"Error: {error}", err=True)

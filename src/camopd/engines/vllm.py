@@ -24,6 +24,7 @@ from camopd.losses import rows_at_once
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its own progress would bury ours
+os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "2")  # then it kills them; SIGTERM leaves ten in all
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # a device is free for certain when the process that held it has ended
 os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # for the one token after a scored sequence, see _start
 
@@ -114,7 +115,7 @@ class VllmEngine:
                 f"vLLM does not start with {self._path}: {reason}; its own messages are above. Where memory is short, set "
                 "vllm.gpu_memory_utilization or vllm.tensor_parallel_size"
             ) from error
-        except BaseException:  # SIGTERM's above all: there is no engine yet that could be closed
+        except BaseException:  # SIGTERM's: vLLM ends the processes that it knows of, not one that it is just about to start
             for process in set(psutil.Process().children(recursive=True)) - others:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
