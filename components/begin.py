@@ -9,7 +9,8 @@ def begin(round_uri: str) -> str:
         round_uri: Prefix of the round.
 
     Returns:
-        "go", "done" (the round is finished) or "stop" (the run stopped itself). A missing predecessor is an error.
+        "go", "shards" (go, with several pods that sample and score), "done" (the round is finished) or "stop" (the run stopped
+        itself). A missing predecessor is an error.
     """
     from camopd.workflow import begin
 

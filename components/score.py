@@ -8,11 +8,10 @@ def score(score_uri: str, headline: dsl.Output[dsl.Metrics]) -> None:
     """Let a branch's teacher score the student's answers.
 
     Args:
-        score_uri: Prefix to write, <round>/score-<branch>.
+        score_uri: Prefix to write: <round>/score-<branch>, or a shard of it.
         headline: Gap to the teacher and rates.
     """
     from camopd.workflow import score
 
-    round_uri, _, branch = score_uri.rpartition("/score-")
-    for name, value in score(round_uri, branch).metrics.items():
+    for name, value in score(score_uri).metrics.items():
         headline.log_metric(name, value)

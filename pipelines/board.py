@@ -38,7 +38,7 @@ class Board:
 
     Attributes:
         num_rounds: rounds of the run.
-        lines: the latest line of the stage at work; by branch while branches score side by side.
+        lines: the latest line of the stage at work; by branch and shard where they sample and score side by side.
         began: when each round was first heard of; ``num_rounds + 1`` stands for what follows the last.
     """
 
@@ -53,7 +53,7 @@ class Board:
             self.began.setdefault(number, line["time"])
         if any((known["stage"], known["round"]) != (line["stage"], line["round"]) for known in self.lines.values()):
             self.lines = {}
-        self.lines[line["branch"] if line["stage"] == "score" else ""] = line
+        self.lines[line["branch"] if line["stage"] in ("rollout", "score") else ""] = line
 
     def finished(self) -> bool:
         """Whether all that is known of the stage at work is done."""

@@ -9,6 +9,7 @@ import typer
 from kfp import compiler
 
 from camopd.errors import InputError
+from pipelines.pods import write_pods
 from pipelines.pools import load_pools
 from pipelines.recovery import make_pipeline
 
@@ -16,8 +17,13 @@ COMMITTED = Path(__file__).with_name("recovery.yaml")
 
 
 def compile_pipeline(target: Path, pools: Path | None = None) -> None:
-    """Write the compiled pipeline; the same pools give the same bytes. Raises InputError for a bad pools file."""
+    """Write the compiled pipeline; the same pools give the same bytes. Raises InputError for a bad pools file.
+
+    With the committed file the number of its pods is written, which `camopd plan` reads (pipelines.pods).
+    """
     compiler.Compiler().compile(make_pipeline(load_pools(pools)), str(target))
+    if target == COMMITTED:
+        write_pods(target)
 
 
 def main(
@@ -26,7 +32,7 @@ def main(
 ) -> None:
     """Compile the recovery pipeline for the pools of a cluster."""
     try:
-        compile_pipeline(output, pools)
+        compile_pipeline(output.absolute(), pools)
     except InputError as error:
         raise SystemExit(str(error)) from None
     print(f"{output}: {output.stat().st_size / 1000:.0f} KB")

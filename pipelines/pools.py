@@ -6,17 +6,26 @@ timeouts are constants of the compiled file. Without a pools file everything run
 
 from __future__ import annotations
 
+import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from kfp import dsl, kubernetes
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from camopd.errors import InputError, Problem
+from camopd.trainjob import JobSpec
+from camopd.trainjob.spec import RESERVED
 from components import IMAGE
 
 _QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
+_NAME = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"
+_VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
+_SECRET = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/[-._a-zA-Z0-9]+$"
+_SECRECY = re.compile(r"(^|_)(SECRET|PASSWORD|TOKEN|CREDENTIALS?|API_KEY|ACCESS_KEY)(_|$)", re.IGNORECASE)
+_OF_A_JOB = {"runtime", "runtime_kind", "resources", "service_account", "queue", "env", "secrets"}
 
 
 class _Table(BaseModel):
@@ -79,12 +88,74 @@ class Pool(_Table):
         return task
 
 
+class TrainingPool(Pool):
+    """What training asks for: one pod, or with ``nodes`` above 1 the pods of a TrainJob that the train step launches.
+
+    Image, accelerators, cores, memory, shared memory, selectors and tolerations are then those of each pod, the timeout is the
+    job's, and the step itself runs on the cpu pool, with this pool's retries.
+    """
+
+    nodes: int = Field(default=1, ge=1, le=999, description="Pods that train together.")
+    runtime: str | None = Field(
+        default=None, pattern=_NAME, description="Kubeflow Trainer's runtime, such as torch-distributed."
+    )
+    runtime_kind: Literal["ClusterTrainingRuntime", "TrainingRuntime"] = "ClusterTrainingRuntime"
+    resources: dict[str, Annotated[str, Field(pattern=_QUANTITY)]] = Field(
+        default_factory=dict, description="Other resources of a pod, such as network cards."
+    )
+    service_account: str | None = Field(default=None, pattern=_NAME, description="Of the job's pods; none is the runtime's.")
+    queue: str | None = Field(default=None, pattern=_NAME, description="Kueue's local queue.")
+    env: dict[Annotated[str, Field(pattern=_VARIABLE)], str] = Field(default_factory=dict, description="Variables of the pods.")
+    secrets: dict[Annotated[str, Field(pattern=_VARIABLE)], Annotated[str, Field(pattern=_SECRET)]] = Field(
+        default_factory=dict, description="Variables with the name/key of a Secret; values never leave the cluster."
+    )
+
+    @model_validator(mode="after")
+    def _job_or_pod(self) -> TrainingPool:
+        if self.nodes > 1 and self.runtime is None:
+            raise ValueError('nodes above 1 need a runtime of Kubeflow Trainer, such as runtime = "torch-distributed"')
+        if self.nodes == 1 and (set_ := self.model_fields_set & _OF_A_JOB):
+            raise ValueError(
+                f"{', '.join(sorted(set_))} belong to a job on several nodes: set nodes above 1, or leave them out"
+            )
+        if twice := sorted(self.env.keys() & self.secrets.keys()):
+            raise ValueError(f"{', '.join(twice)} are in env and in secrets: leave one out")
+        return self
+
+    @field_validator("env", "secrets")
+    @classmethod
+    def _names_are_ours(cls, variables: dict[str, str]) -> dict[str, str]:
+        if taken := sorted(variables.keys() & set(RESERVED)):
+            raise ValueError(f"{', '.join(taken)} are set by the runtime: leave them out")
+        return variables
+
+    @field_validator("env")
+    @classmethod
+    def _values_are_no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
+        if telling := sorted(name for name in env if _SECRECY.search(name)):
+            raise ValueError(f"{', '.join(telling)} look like secrets: give them in secrets, as name/key of a Secret")
+        return env
+
+    def train(self, component: Callable[..., dsl.PipelineTask], *, round_uri: Any, launched_from: Pool) -> dsl.PipelineTask:
+        """The train step: on this pool, or on the cpu pool as the one that launches the job and waits for it."""
+        if self.nodes == 1:
+            return self.place(component(round_uri=round_uri))
+        launcher = launched_from.model_copy(update={"retries": self.retries, "timeout_minutes": None})
+        return launcher.place(component(round_uri=round_uri, job=self.job()))
+
+    def job(self) -> str:
+        """The job's description, a constant of the compiled file. Text, since numbers of a STRUCT arrive as floats."""
+        fields = {name: getattr(self, name) for name in JobSpec.model_fields}
+        fields["tolerations"] = tuple(toleration.model_dump(exclude_none=True) for toleration in self.tolerations)
+        return JobSpec(**fields).model_dump_json(exclude_defaults=True)
+
+
 class Pools(_Table):
     """The three pools: ``cpu`` decides and registers, ``inference`` samples and scores, ``training`` updates."""
 
     cpu: Pool = Pool()
     inference: Pool = Pool()
-    training: Pool = Pool()
+    training: TrainingPool = TrainingPool()
 
     @model_validator(mode="after")
     def _cpu_is_cpu(self) -> Pools:
@@ -111,10 +182,21 @@ def load_pools(path: Path | None) -> Pools:
         raise InputError([_problem(path, entry["loc"], entry["type"], entry["msg"]) for entry in error.errors()]) from None
 
 
+_NAMED = "write the name of a Kubernetes object: small letters, digits, dots and hyphens"
+_PATTERNS = {
+    "": 'write a Kubernetes quantity, such as "16" or "64Gi"',
+    "runtime": _NAMED,
+    "service_account": _NAMED,
+    "queue": _NAMED,
+    "env": "write the name of a variable: letters, digits and underscores",
+    "secrets": 'write VARIABLE = "secret-name/key"',
+}
+
+
 def _problem(path: Path, place: tuple[int | str, ...], kind: str, message: str) -> Problem:
     fixes = {
         "extra_forbidden": "the pools are cpu, inference and training; their settings are in pipelines/pools.example.toml",
-        "string_pattern_mismatch": 'write a Kubernetes quantity, such as "16" or "64Gi"',
+        "string_pattern_mismatch": _PATTERNS.get(place[1] if len(place) > 1 else "", _PATTERNS[""]),
     }
     where = ".".join(map(str, place))
     return Problem(f"{path}: {where}", message.removeprefix("Value error, "), fixes.get(kind, ""))

@@ -1,6 +1,7 @@
 """The graph: prepare -> [begin -> rollout -> score -> select -> train] x rounds -> evaluate -> promote.
 
 Rounds are a run-time parameter: one loop over the prefixes that ``prepare`` returns, so that the compiled file does not grow.
+A round whose recipe asks for shards takes another way through it: several pods sample, several score for each branch.
 Each iteration starts on CPU and lets nothing dear start when the round is done, the run stopped, or the round before is
 missing: KFP goes on with later iterations after a failed one.
 """
@@ -9,28 +10,32 @@ from kfp import dsl
 
 from components.begin import begin
 from components.evaluate import evaluate
+from components.gather import gather
 from components.prepare import prepare
 from components.promote import promote
 from components.report_outcome import report_outcome
 from components.rollout import rollout
 from components.score import score
 from components.select import select
+from components.spread import spread
 from components.train import train
 from pipelines.pools import Pools
 
 
 def make_pipeline(pools: Pools) -> dsl.base_component.BaseComponent:
     """The recovery for these pools. A task is one component, placed on one pool, with a name for people."""
-    cpu, inference, training = pools.cpu.place, pools.inference.place, pools.training.place
+    cpu, inference = pools.cpu.place, pools.inference.place
 
-    @dsl.pipeline(name="camopd-round")
-    def one_round(round_uri: str) -> None:
-        sampled = inference(rollout(round_uri=round_uri)).set_display_name("Rollout: sample the student")
-        # The item names round and branch: inside a loop, nothing but the item is read.
-        with dsl.ParallelFor(items=sampled.outputs["Output"], name="branches") as score_uri:
-            scored = inference(score(score_uri=score_uri)).set_display_name("Score: ask a teacher")
-        selected = cpu(select(round_uri=round_uri)).after(scored).set_display_name("Select: keep the gap mass")
-        training(train(round_uri=round_uri)).after(selected).set_display_name("Train: update the student")
+    def scored(score_uris: dsl.PipelineTask, turns: str) -> dsl.PipelineTask:
+        """A teacher for each prefix that a task returned."""
+        # The item names round, branch and shard: inside a loop, nothing but the item is read.
+        with dsl.ParallelFor(items=score_uris.outputs["Output"], name=turns) as score_uri:
+            return inference(score(score_uri=score_uri)).set_display_name("Score: ask a teacher")
+
+    def trained(round_uri: str, after: dsl.PipelineTask) -> dsl.PipelineTask:
+        selected = cpu(select(round_uri=round_uri)).after(after).set_display_name("Select: keep the gap mass")
+        learnt = pools.training.train(train, round_uri=round_uri, launched_from=pools.cpu)
+        return learnt.after(selected).set_display_name("Train: update the student")
 
     @dsl.pipeline(name="camopd-recovery", display_name="Recover a domain model's general ability")
     def recovery(
@@ -94,7 +99,14 @@ def make_pipeline(pools: Pools) -> dsl.base_component.BaseComponent:
             with dsl.ParallelFor(items=prepared.outputs["Output"], parallelism=1, name="rounds") as round_uri:
                 begun = cpu(begin(round_uri=round_uri)).set_display_name("Begin: may this round start?")
                 with dsl.If(begun.output == "go", name="go"):
-                    work = one_round(round_uri=round_uri).set_display_name("Round").set_caching_options(False)
+                    sampled = inference(rollout(round_uri=round_uri)).set_display_name("Rollout: sample the student")
+                    work = trained(round_uri, after=scored(sampled, "branches"))
+                with dsl.If(begun.output == "shards", name="shards"):
+                    parts = cpu(spread(round_uri=round_uri)).set_display_name("Spread: into shards")
+                    with dsl.ParallelFor(items=parts.outputs["Output"], name="rollout shards") as shard_uri:
+                        part = inference(rollout(round_uri=shard_uri)).set_display_name("Rollout: sample a shard")
+                    joined = cpu(gather(round_uri=round_uri)).after(part).set_display_name("Gather: join the shards")
+                    trained(round_uri, after=scored(joined, "score shards"))
             gate = inference(evaluate(rounds=prepared.outputs["Output"]).after(work))
             gate.set_display_name("Evaluate: before and after")
             with dsl.If(gate.outputs["Output"] == "pass", name="passed"):

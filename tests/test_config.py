@@ -483,6 +483,15 @@ def test_updates_of_a_recovery_in_one_process_are_done_by_one() -> None:
     assert load_recipe(MINIMAL, {"execution": "colocated", "train.precision": "bfloat16"}).train.precision == "bfloat16"
 
 
+def test_shards_without_a_batch_are_named() -> None:
+    """A round of 4 x 32 samples is two batches of 64."""
+    wish = {"steps_per_round": 4, "rollout.prompts_per_step": 32, "rollout.batch_size": 64}
+    assert not cautions(load_recipe(MINIMAL, wish | {"shards": 2}))
+    (sentence,) = cautions(load_recipe(MINIMAL, wish | {"shards": 3}))
+    assert sentence.startswith("shards: a round has fewer batches")
+    assert not cautions(load_recipe(MINIMAL, wish | {"shards": 3, "rollout.engine": "vllm"}))
+
+
 def test_several_processes_compare_no_gradients_and_say_so() -> None:
     (sentence,) = cautions(load_recipe(MINIMAL, {"train.num_processes": 2}))
     assert sentence.startswith("train.diagnose_every: gradients are not compared")

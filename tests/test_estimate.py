@@ -15,19 +15,21 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from camopd import workflow
 from camopd.config import Recipe, load_recipe
 from camopd.errors import InputError, StoreError
 from camopd.estimate.assumptions import Assumptions, Lengths, most_kept, typical_lengths
 from camopd.estimate.memory import fitted, largest_batch, rollout_memory, score_memory, train_memory
+from camopd.estimate.pods import OBJECT_LIMIT, check_pods, pods
 from camopd.estimate.shapes import ModelShape, causal_pairs, read_shape
 from camopd.estimate.sources import SHIPPED, LengthOptions, lengths_given, mean_lengths, model_shapes
-from camopd.estimate.storage import OBJECT_LIMIT, PODS_A_BRANCH, PODS_A_ROUND, PODS_ONCE, check_pods, pods
-from camopd.estimate.total import at_limits, estimate
+from camopd.estimate.total import Estimate, at_limits, estimate
 from camopd.estimate.work import samples_of, scored_branches, train_flops, train_work
 from camopd.presets import presets
 from camopd.recipe.sections import Lora
 from camopd.select import select_by_mass
 from camopd.store import Store
+from pipelines.pods import pods_of
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ("medical-8b", "roleplay-4b")
@@ -338,46 +340,101 @@ def test_a_teacher_that_is_too_large_is_divided_by_vllm_alone() -> None:
 # --- Store and control plane ----------------------------------------------------------------------------------------------
 
 
-def counted(spec: dict, component: str, turns: dict[str, int]) -> int:
-    """Pods of a compiled component by the rules of KFP's Argo compiler: a driver a task, and an executor if it is no graph."""
+def compiled() -> dict:
+    return next(yaml.safe_load_all((ROOT / "pipelines" / "recovery.yaml").read_text()))
+
+
+def started(spec: dict, component: str, turns: dict[str, int], taken: set[str]) -> int:
+    """Pods of a compiled component, one by one, as KFP's Argo compiler starts them.
+
+    Args:
+        spec: the compiled pipeline.
+        component: its name.
+        turns: of each loop, by the name that people see.
+        taken: names of the conditions that are met.
+    """
     dag = spec["components"][component].get("dag")
     if dag is None:
-        return 2
+        return 2  # driver, executor
     total = 1
-    for name, task in dag["tasks"].items():
-        own = counted(spec, task["componentRef"]["name"], turns)
-        iterator = task.get("parameterIterator")
-        total += 1 + turns[name] * own if iterator else own
+    for task in dag["tasks"].values():
+        name, own = task["taskInfo"]["name"], task["componentRef"]["name"]
+        if task.get("triggerPolicy", {}).get("condition") and name not in taken:
+            total += 1
+        elif task.get("parameterIterator"):
+            total += 1 + sum(started(spec, own, turns, taken) for _ in range(turns[name]))
+        else:
+            total += started(spec, own, turns, taken)
     return total
 
 
-@pytest.mark.parametrize(("rounds", "branches"), [(1, 1), (30, 2), (7, 3)])
-def test_pods_are_those_of_the_compiled_graph(rounds: int, branches: int) -> None:
-    spec = next(yaml.safe_load_all((ROOT / "pipelines" / "recovery.yaml").read_text()))
+@pytest.mark.parametrize(("rounds", "branches", "shards"), [(1, 1, 1), (30, 2, 1), (7, 3, 1), (1, 2, 2), (5, 3, 4)])
+def test_pods_are_those_of_the_compiled_graph(rounds: int, branches: int, shards: int) -> None:
+    spec = compiled()
     spec["components"]["root"] = {"dag": spec["root"]["dag"]}
-    loops = {
-        name: rounds if "rounds" in json.dumps(task) and "score_uri" not in json.dumps(task) else branches
-        for component in spec["components"].values()
-        for name, task in component.get("dag", {}).get("tasks", {}).items()
-        if task.get("parameterIterator")
-    }
-    assert sorted(loops.values()) == sorted([rounds, branches])
-    assert counted(spec, "root", loops) == PODS_ONCE + rounds * (PODS_A_ROUND + PODS_A_BRANCH * branches)
-    assert pods(recipe_of(num_rounds=rounds), rounds * branches) == counted(spec, "root", loops)
+    turns = {"rounds": rounds, "branches": branches, "rollout shards": shards, "score shards": shards * branches}
+    way = "go" if shards == 1 else "shards"
+    recipe = recipe_of(num_rounds=rounds, shards=shards)
+    assert pods(recipe, rounds * branches) == started(spec, "root", turns, {way, "passed"})
+
+
+def test_the_count_beside_the_plan_is_that_of_the_committed_graph() -> None:
+    assert json.loads((ROOT / "src/camopd/estimate/pods.json").read_text()) == pods_of(compiled()), "run `make compile`"
+
+
+def test_a_round_by_one_pod_starts_no_more_pods_for_the_sake_of_shards() -> None:
+    """18 with two branches: turn, begin 2, two conditions, rollout 2, the loop of branches, 2 x 3, select 2, train 2."""
+    assert pods(recipe_of(num_rounds=2), 4) - pods(recipe_of(num_rounds=1), 2) == 18
 
 
 def test_rounds_that_the_control_plane_cannot_hold_are_refused_with_the_number_that_it_can() -> None:
     recipe = recipe_of(num_rounds=400)
-    with pytest.raises(InputError, match=r"num_rounds: 400 rounds are 7,212 pods.*ask for 102 rounds") as raised:
-        check_pods(recipe, pods(recipe, 800))
+    with pytest.raises(InputError, match=r"num_rounds: 400 rounds are 7,212 pods.*num_rounds = 102 at most") as raised:
+        check_pods(recipe, 800)
     assert len(raised.value.problems) == 1
-    most = recipe_of(num_rounds=102)
-    assert check_pods(most, pods(most, 204)) <= OBJECT_LIMIT
-    more = recipe_of(num_rounds=103)
+    assert check_pods(recipe_of(num_rounds=102), 204) <= OBJECT_LIMIT
     with pytest.raises(InputError):
-        check_pods(more, pods(more, 206))
-    one = recipe_of(num_rounds=400, execution="colocated")
-    assert check_pods(one, pods(one, 800)) < 1000
+        check_pods(recipe_of(num_rounds=103), 206)
+    assert check_pods(recipe_of(num_rounds=400, execution="colocated"), 800) < 1000
+
+
+def test_shards_that_the_control_plane_cannot_hold_are_refused_with_what_to_lower() -> None:
+    recipe = recipe_of(shards=8)
+    with pytest.raises(InputError, match=r"num_rounds, shards: 30 rounds of 8 shards are") as raised:
+        check_pods(recipe, 60)
+    (problem,) = raised.value.problems
+    found = re.search(r"num_rounds = (\d+) at most and raise steps_per_round.*lower shards to (\d+) at most", problem.fix)
+    assert found
+    rounds, shards = map(int, found.groups())
+    for most, more in (
+        ({"num_rounds": rounds, "shards": 8}, {"num_rounds": rounds + 1, "shards": 8}),
+        ({"num_rounds": 30, "shards": shards}, {"num_rounds": 30, "shards": shards + 1}),
+    ):
+        assert check_pods(recipe_of(**most), 2 * most["num_rounds"]) <= OBJECT_LIMIT
+        with pytest.raises(InputError):
+            check_pods(recipe_of(**more), 2 * more["num_rounds"])
+
+
+def test_what_a_cluster_cannot_hold_is_refused_where_a_pipeline_is_prepared_and_nowhere_else(tmp_path) -> None:
+    """`camopd run` starts no pods. Its other problems are those of inputs that are not there."""
+    values = {"shards": 8, "output": str(tmp_path)}
+    with pytest.raises(InputError, match="num_rounds, shards: 30 rounds of 8 shards"):
+        workflow.prepare(str(ROOT / "recipes" / "medical-8b.toml"), values, job="job-1")
+
+
+def test_shards_share_the_hours_and_cost_pod_starts() -> None:
+    shapes = dict.fromkeys(("student", "general", "domain"), shape_of("Qwen3-8B"))
+
+    def found(shards: int) -> Estimate:
+        recipe = recipe_of(shards=shards)
+        return estimate(recipe, shapes, typical_lengths(recipe), Assumptions(start_minutes=0))
+
+    one, four = found(1), found(4)
+    assert four.gpu_hours == pytest.approx(one.gpu_hours)
+    assert one.hours is not None
+    assert four.hours is not None
+    shared = sum(stage.gpu_seconds / (stage.gpus or 0) for stage in one.work if stage.name in ("rollout", "score")) / 3600
+    assert one.hours - four.hours == pytest.approx(shared * 3 / 4)
 
 
 # --- Lengths --------------------------------------------------------------------------------------------------------------

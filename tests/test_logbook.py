@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -128,6 +129,23 @@ def test_a_round_tells_steps_and_stages(tmp_path: Path) -> None:
     assert facts.began_ms is not None
     assert facts.ended_ms is not None
     assert facts.began_ms <= facts.ended_ms
+
+
+def test_a_round_tells_throughput_and_how_long_its_stages_waited_for_the_store(tmp_path: Path) -> None:
+    """A gathered rollout took no time worth a word: it brings the share that its shards waited."""
+    store = Store()
+    plan = make_plan(str(tmp_path), store)
+    make_round(plan, store, 1)
+    of_shards = {"waiting_share": 0.125, "tokens_per_second": 900.0}
+    for stage, metrics in (("rollout", of_shards), ("train", {"tokens_per_second": 300.0})):
+        path = Path(plan.rounds[0], stage, "manifest.json")
+        made = json.loads(path.read_text())
+        path.write_text(json.dumps(made | {"seconds": 10.0, "seconds_waited": 2.5, "metrics": metrics}))
+    entry = next(entry for entry in logbook.entries(plan, store) if entry.nested)
+    summary = {p.name: p.value for p in entry.facts().summary}
+    assert (summary["rollout/waiting_share"], summary["rollout/tokens_per_second"]) == (0.125, 900.0)
+    assert (summary["train/waiting_share"], summary["train/tokens_per_second"]) == (0.25, 300.0)
+    assert summary["train/seconds"] == 10.0
 
 
 def test_a_round_tells_what_is_there(tmp_path: Path) -> None:

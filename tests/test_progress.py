@@ -36,6 +36,20 @@ def test_a_terminal_gets_one_line_that_is_written_over(capsys, monkeypatch) -> N
     assert said.count("\r\x1b[K") == 2
 
 
+def test_waiting_for_the_store_is_said_where_it_is_worth_a_word(capsys, monkeypatch) -> None:
+    monkeypatch.delenv("CAMOPD_PROGRESS", raising=False)
+    now, waited = 100.0, 5.0
+    monkeypatch.setattr("camopd.progress.time.monotonic", lambda: now)
+    progress = Progress("score", total=2, unit="samples", waited=lambda: waited, every=0.0)
+    now, waited = 104.0, 6.0
+    progress.advance(1, tokens=40)
+    now = 1100.0
+    progress.advance(1, tokens=40)
+    _, middle, last = capsys.readouterr().err.splitlines()
+    assert middle == "score: 1/2 samples, 10 tokens/s, 25% of the time waiting for the store, 4 s left"
+    assert "waiting" not in last
+
+
 def test_a_program_gets_json(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("CAMOPD_PROGRESS", str(tmp_path / "p.jsonl"))
     Progress("score", total=1, unit="samples", round_number=1, num_rounds=2, branch="domain").advance(1, tokens=7)

@@ -2,8 +2,9 @@ import pytest
 
 from camopd import plan as layout
 from camopd.errors import StoreError
-from camopd.rounds import begin, record_stop, stop_reason
+from camopd.rounds import begin, begin_turn, record_stop, stop_reason
 from camopd.store import Store
+from tests.finished import make_plan
 
 
 def finish(store: Store, uri: str, stage: str) -> None:
@@ -41,6 +42,15 @@ def test_a_stopped_run_starts_nothing_and_keeps_the_first_reason(run) -> None:
     record_stop(run_uri, stage="train", round_number=3, reason="another", store=store)
     assert [begin(uri, store=store) for uri in rounds] == ["done", "stop", "stop"]
     assert stop_reason(run_uri, store=store) == "round 2, train: loss nan is not finite"
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_turn_of_the_loop_goes_by_the_recipe_s_shards(tmp_path, shards) -> None:
+    store = Store()
+    plan = make_plan(str(tmp_path), store, shards=shards)
+    assert begin_turn(plan.rounds[0], store=store) == ("go" if shards == 1 else "shards")
+    finish(store, layout.checkpoint_uri(plan.rounds[0]), "train")
+    assert begin_turn(plan.rounds[0], store=store) == "done"
 
 
 def test_a_run_that_was_not_prepared_is_named(tmp_path) -> None:

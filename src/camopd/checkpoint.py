@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,15 @@ class Snapshot:
     lora: Output | None = None
     adapter: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def write(self, folder: Path, group: Group, *, student: Path, template: bytes | None = None) -> None:
+    def write(
+        self,
+        folder: Path,
+        group: Group,
+        *,
+        student: Path,
+        template: bytes | None = None,
+        finished: Callable[[Path], None] = lambda path: None,
+    ) -> None:
         """Write this process's files of a model folder.
 
         Tokenizer and generation settings are the student's own files, byte for byte; the chat template is the one that rendered
@@ -75,6 +83,7 @@ class Snapshot:
             group: this process among those that write their parts at the same time.
             student: folder that the model was loaded from.
             template: the chat template, where there is one.
+            finished: told of a large file that is written before others are.
         """
         rank, size = group.rank, group.size
         (folder / TRAINER).mkdir(parents=True)
@@ -82,6 +91,8 @@ class Snapshot:
         weights = dict(self.weights) if self.lora is None else self.lora.merged_weights(self.model, self.weights, self.adapter)
         if self.lora is None or self.lora.merged:
             self._write_weights(folder, group, weights)
+        for file in folder.glob("*.safetensors"):
+            finished(file)
         offsets = {name: {"saved_offsets": list(begin)} for name, begin in self.offsets.items()}
         save_file(dict(self.moments), moments, {SHARDING: json.dumps(offsets)} if size > 1 else None)
         if rank == 0:

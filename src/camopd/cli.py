@@ -99,14 +99,14 @@ def score(
     Example: `camopd score runs/micro-0123456789ab/rounds/0001 --branch general`
     """
     from camopd import workflow
-    from camopd.plan import Plan, run_and_round
+    from camopd.plan import Plan, run_and_round, score_uri
     from camopd.store import Store
 
     place = _place(round_uri)
     run_uri, number = run_and_round(place)
     names = [branch] if branch else [b.name for b in Plan.load(Store(), run_uri).active_branches(number)]
     for name in names:
-        _say(workflow.score(place, name))
+        _say(workflow.score(score_uri(place, name)))
 
 
 @app.command()

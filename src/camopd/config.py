@@ -70,6 +70,7 @@ class Recipe(Section):
     execution: Literal["staged", "colocated"] = Field(
         "staged", description="Rounds of stages, or one process with a fresh batch a step and a checkpoint a round."
     )
+    shards: Int = Field(1, ge=1, description="Pods that share a round's sampling, and as many for each branch's scoring.")
     num_threads: Int | None = Field(None, ge=1, description="CPU threads; 1 makes runs bit-identical.")
     branches: tuple[Branch, ...] = Field(description="At least one to recover; see Branch.")
     prompts: Prompts = Prompts()
@@ -103,6 +104,15 @@ class Recipe(Section):
         if number < 1:
             raise ValueError(f"{number} rounds would train nothing and leave nothing to evaluate; ask for 1 or more")
         return number
+
+    @field_validator("shards")
+    @classmethod
+    def _one_shard_where_models_stay(cls, shards: int, info: ValidationInfo) -> int:
+        if shards > 1 and info.data.get("execution") == "colocated":
+            raise ValueError(
+                f"{shards} pods need the stages: `camopd recover` is one process; use `camopd run`, or set it to 1"
+            )
+        return shards
 
     @field_validator("branches")
     @classmethod
@@ -245,14 +255,19 @@ def cautions(recipe: Recipe) -> tuple[str, ...]:
     ]
     unseen = "train.diagnose_every: gradients are not compared where train.num_processes is above 1; 0 says so"
     unused = "train.checkpoint_every: execution colocated saves where a round ends; set steps_per_round, or this to 0"
+    idle = "shards: a round has fewer batches of rollout.batch_size than shards, which work on whole ones: some are idle"
     small = "train.learning_rate: an adapter usually wants 10 to 100 times the rate for all weights, which the default is"
     spread, colocated = recipe.train.num_processes > 1, recipe.execution == "colocated"
     default_rate = "learning_rate" not in recipe.train.model_fields_set
+    rollout = recipe.rollout
+    samples = recipe.steps_per_round * rollout.prompts_per_step * rollout.samples_per_prompt
+    batch = rollout.batch_size if rollout.engine == "transformers" else 1
     return (
         *same,
         *[unseen] * (spread and recipe.train.diagnose_every > 0),
         *[unused] * (colocated and recipe.train.checkpoint_every > 0),
         *[small] * (recipe.train.lora is not None and default_rate),
+        *[idle] * (recipe.shards > 1 and samples <= (recipe.shards - 1) * batch),
     )
 
 

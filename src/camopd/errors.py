@@ -58,5 +58,9 @@ class EngineError(CamopdError):
     """What samples and scores does not start, or died, or was asked for what it cannot do."""
 
 
+class ClusterError(CamopdError):
+    """Kubernetes refused, did not answer, or lacks what a job on several nodes needs."""
+
+
 class TrackingError(CamopdError):
     """The MLflow server could not be reached or refused, where its answer is needed."""

@@ -58,7 +58,8 @@ def leave_failure(round_uri: str, error: Exception, *, rank: int, size: int, sto
     if not ours:
         time.sleep(PATIENCE)
     data = json.dumps(record | {"rank": rank}, indent=1, ensure_ascii=False).encode()
-    store.write(failure_uri(round_uri), data, if_absent=True)
+    if not store.write(failure_uri(round_uri), data, if_absent=True) and failure_of(round_uri, store) is None:
+        store.write(failure_uri(round_uri), data)  # where forget_failure could not delete
 
 
 def failure_of(round_uri: str, store: Store) -> CamopdError | None:

@@ -82,8 +82,15 @@ class Partial:
             return {}
 
         try:
-            stage, config = "train", self._config
-            self._store.produce(uri, stage=stage, config=config, inputs=self._inputs, write=fill, writers=self._writers)
+            self._store.produce(
+                uri,
+                stage="train",
+                config=self._config,
+                inputs=self._inputs,
+                write=fill,
+                writers=self._writers,
+                keep=False,
+            )
             before, self._kept = self._kept, uri
             if before and self._group.rank == 0:
                 self._store.remove(before)

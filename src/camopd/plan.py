@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -195,6 +196,10 @@ class Plan:
         if uri.startswith(f"{self.run_uri}/"):
             base = weights_at(self.recipe.student, store, base).base
         return weights_at(uri, store, base)
+
+    def places(self, uris: Iterable[str], store: Store) -> list[str]:
+        """The folders that models are made of, each once."""
+        return list(dict.fromkeys(place for uri in uris for place in self.weights(uri, store).locations))
 
     def tokenizer_uri(self, uri: str, store: Store) -> str:
         """Where the tokenizer of the model at a location lies."""

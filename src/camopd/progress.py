@@ -1,7 +1,7 @@
 """How far a stage is: a line that counts up in a terminal, one every two seconds in a log, or JSON for a program that shows it.
 
 With CAMOPD_PROGRESS set to a file, each update is appended there as one JSON object: stage, round, rounds, branch, done,
-total, unit, tokens_per_second. Without it the line goes to standard error.
+total, unit, tokens_per_second, waiting_share (of the time so far, for the store). Without it the line goes to standard error.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 
 
 class Progress:
@@ -22,6 +23,7 @@ class Progress:
         round_number: the round and ``num_rounds`` of how many, where the stage belongs to one.
         branch: the branch at work, where there is one; may change by ``advance``.
         done: what an earlier attempt has finished.
+        waited: seconds that were spent waiting for the store until now, ``Store.waited``.
     """
 
     def __init__(
@@ -34,12 +36,14 @@ class Progress:
         num_rounds: int = 0,
         branch: str = "",
         done: int = 0,
+        waited: Callable[[], float] = lambda: 0.0,
         every: float = 2.0,
     ) -> None:
         self._fixed = {"stage": stage, "round": round_number, "rounds": num_rounds, "unit": unit}
         self._total, self._branch, self._every = total, branch, every
         self._before = self._done = done
         self._tokens, self._note = 0, ""
+        self._waited, self._waited_before = waited, waited()
         self._begun = self._said = time.monotonic()
         self._say()
 
@@ -68,6 +72,7 @@ class Progress:
             "done": self._done,
             "total": self._total,
             "tokens_per_second": round(self._tokens / seconds, 1),
+            "waiting_share": round(self._waiting_share(seconds), 3),
             "time": time.time(),
         }
         target = os.environ.get("CAMOPD_PROGRESS")
@@ -79,6 +84,9 @@ class Progress:
         end = "\n" if not counts_up or self._done >= self._total else ""
         print(("\r\x1b[K" if counts_up else "") + self._line(seconds), end=end, file=sys.stderr, flush=True)
 
+    def _waiting_share(self, seconds: float) -> float:
+        return (self._waited() - self._waited_before) / seconds
+
     def _line(self, seconds: float) -> str:
         """``recover: 37/192 steps, 410 tokens/s, 12 s left, gap general 0.832``"""
         fixed = self._fixed
@@ -87,6 +95,9 @@ class Progress:
         parts = [f"{fixed['stage']}{where}{branch}: {self._done}/{self._total} {fixed['unit']}"]
         if self._tokens:
             parts.append(f"{self._tokens / seconds:,.0f} tokens/s")
+        share = self._waiting_share(seconds)
+        if share >= 0.01:
+            parts.append(f"{share:.0%} of the time waiting for the store")
         if self._before < self._done < self._total:
             parts.append(f"{seconds * (self._total - self._done) / (self._done - self._before):,.0f} s left")
         return ", ".join(parts + [self._note] * bool(self._note))

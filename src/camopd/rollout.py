@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,17 +11,19 @@ from typing import Any
 from camopd import plan as layout
 from camopd import propose
 from camopd.config import Recipe
-from camopd.engines import Engine, Sample
+from camopd.engines import Engine, Sample, import_engine, sample_batches
 from camopd.engines.shared import open_engines
 from camopd.errors import UnhealthyRunError
 from camopd.plan import Plan
 from camopd.progress import Progress
-from camopd.records import PromptTable, write_table
+from camopd.records import PromptTable, read_table, write_table
 from camopd.runtime import set_threads
 from camopd.schedule import Schedule, prompt_slice, seed_of, share_slice
+from camopd.shards import Shard, finished_parts, joined, joined_rates, key_of, part_config, rates, shard_uri
 from camopd.store import Manifest, Store, join
 
 Row = dict[str, Any]
+TABLE = "rollouts.parquet"
 
 
 def requests(plan: Plan, start: Schedule, count: int, teacher_prompts: Mapping[str, int] | None = None) -> list[Row]:
@@ -180,11 +183,12 @@ def asks_student(recipe: Recipe) -> bool:
     return recipe.score.signal == "topk" and recipe.score.top_k_of == "student"
 
 
-def run(round_uri: str, *, store: Store | None = None) -> Manifest:
+def run(round_uri: str, *, shard: Shard | None = None, store: Store | None = None) -> Manifest:
     """Write ``rollouts.parquet`` of a round: token ids, log-probabilities, entropy and finish reason of each response.
 
     Args:
         round_uri: ``<run>/rounds/0001``; the round before must have its checkpoint.
+        shard: the part to sample, under a prefix of its own; None is the whole.
         store: where to read and write.
 
     Raises:
@@ -193,46 +197,133 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
     store = store or Store()
     run_uri, number = layout.run_and_round(round_uri)
     plan = Plan.load(store, run_uri)
-    inputs = {
-        "plan": store.require(layout.plan_uri(run_uri)).content_id,
-        "student": plan.student_id(number, store),
-    }
-    inputs |= teacher_prompts(plan, store)
-    recipe = plan.recipe
+    recipe, config, inputs = plan.recipe, sampling_config(plan.recipe), _inputs(plan, number, store)
 
     def write(folder: Path) -> dict[str, Any]:
-        from transformers import AutoTokenizer
-
         set_threads(recipe.num_threads)
-        tables = PromptTables(plan, store)
-        wanted = requests(plan, plan.schedule(number), recipe.steps_per_round, tables.num_teacher_prompts)
-        tables.fill(wanted)
+        wanted = asked(plan, number, store)
+        sampled_by = models(plan, number)
+        wanted = wanted if shard is None else share(wanted, shard, recipe, list(sampled_by.values()))
+        together = over_one_base(plan, sampled_by, store)
+        asking = [{name: uri for uri in uris for name in sampled_by[uri]} for uris in together]
+        turns = [(branches, own) for branches in asking if (own := [r for r in wanted if r["branch"] in branches])]
         progress = Progress(
             "rollout",
             total=len(wanted),
             unit="samples",
             round_number=number,
             num_rounds=recipe.num_rounds,
-            branch="all branches",
+            branch="all branches" if shard is None else f"all branches, shard {shard}",
+            waited=store.waited,
         )
-        sampled_by = models(plan, number)
-        for uris in over_one_base(plan, sampled_by, store):  # one base at a time: a device holds one of them
-            branches = {name: uri for uri in uris for name in sampled_by[uri]}
-            own = [request for request in wanted if request["branch"] in branches]
-            with engines_at(plan, uris, store) as engines:
+        seconds = 0.0
+        for turn, (branches, own) in enumerate(turns, 1):  # one base at a time: a device holds one of them
+            following = [uri for later, _ in turns[turn : turn + 1] for uri in later.values()]
+            with engines_at(plan, branches.values(), store) as engines:
+                for place in plan.places(following, store):
+                    store.prefetch(place)
+                begun = time.monotonic()
                 answering = {name: engines[uri] for name, uri in branches.items()}
                 sample_rows(answering, own, plan, lambda tokens: progress.advance(1, tokens=tokens))
-        tokenizer = AutoTokenizer.from_pretrained(store.fetch(plan.tokenizer_uri(recipe.student, store)), local_files_only=True)
-        for row in wanted:
-            row["text"] = tokenizer.decode(row["response_ids"], skip_special_tokens=True)
-        first = store.require(layout.rollout_uri(layout.round_uri(run_uri, 1))).metrics if number > 1 else {}
-        numbers = health(wanted, plan, first)
-        write_table(folder / "rollouts.parquet", "rollouts", wanted, {"template_id": plan.template_id})
-        return numbers | {"num_samples": len(wanted), "tokens": sum(len(row["response_ids"]) for row in wanted)}
+                seconds += time.monotonic() - begun
+        if wanted:
+            student = recipe.student if recipe.rollout.sampler == "teacher" else plan.student_uri(number)
+            add_text(wanted, store.fetch(plan.tokenizer_uri(student, store)))
+        # A share is too small to judge the run by: what is healthy is looked at when all are there.
+        numbers = health(wanted, plan, _first(plan, number, store)) if shard is None else {}
+        numbers |= write_samples(folder, wanted, plan)
+        return numbers | rates(numbers["tokens"], seconds)
 
+    uri = shard_uri(layout.rollout_uri(round_uri), shard)
+    return store.produce(uri, stage="rollout", config=part_config(config, shard), inputs=inputs, write=write)
+
+
+def join_shards(round_uri: str, *, store: Store) -> Manifest:
+    """Make a round's rollout from its shards: the same table as if one pod had sampled it.
+
+    Args:
+        round_uri: ``<run>/rounds/0001``, every shard of which is sampled.
+        store: where to read and write.
+
+    Raises:
+        StoreError: a shard is not finished, or a sample is missing or there twice.
+        UnhealthyRunError: too many empty responses.
+    """
+    run_uri, number = layout.run_and_round(round_uri)
+    plan, uri = Plan.load(store, run_uri), layout.rollout_uri(round_uri)
+    config, inputs = sampling_config(plan.recipe), _inputs(plan, number, store)
+
+    def write(folder: Path) -> dict[str, Any]:
+        parts = finished_parts(uri, plan.recipe.shards, config, inputs, store)
+        tables = {part: read_table(store.fetch(join(part, TABLE)), "rollouts") for part in parts}
+        rows = joined(uri, [key_of(request) for request in asked(plan, number, store)], tables)
+        numbers = health(rows, plan, _first(plan, number, store)) | write_samples(folder, rows, plan)
+        return numbers | joined_rates(numbers["tokens"], parts.values())
+
+    return store.produce(uri, stage="rollout", config=config, inputs=inputs, write=write)
+
+
+def asked(plan: Plan, number: int, store: Store) -> list[Row]:
+    """What a round samples, with the prompts."""
+    tables = PromptTables(plan, store)
+    wanted = requests(plan, plan.schedule(number), plan.recipe.steps_per_round, tables.num_teacher_prompts)
+    tables.fill(wanted)
+    return wanted
+
+
+def share(wanted: Sequence[Row], shard: Shard, recipe: Recipe, by_model: Iterable[Sequence[str]]) -> list[Row]:
+    """The requests of one shard, in their order.
+
+    Args:
+        wanted: all requests of the round, with their prompts.
+        shard: which part.
+        recipe: names the engine: `transformers` computes batch by batch, vLLM fills up what it works on by itself.
+        by_model: the branches that one model answers, for each model.
+    """
+    size = recipe.rollout.batch_size if recipe.rollout.engine == "transformers" else 1
+    own = []
+    for names in by_model:
+        theirs = [request for request in wanted if request["branch"] in names]
+        batches = sample_batches([len(request["prompt_ids"]) for request in theirs], size)
+        own += [key_of(theirs[index]) for index in shard.share(batches)]
+    return [request for request in wanted if key_of(request) in set(own)]
+
+
+def add_text(rows: Sequence[Row], folder: Path) -> None:
+    """Put the text of each response beside its ids.
+
+    Args:
+        rows: the samples.
+        folder: the student, or a checkpoint of it, which has its tokenizer; whichever is here already.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for row in rows:
+        row["text"] = tokenizer.decode(row["response_ids"], skip_special_tokens=True)
+
+
+def write_samples(folder: Path, rows: Sequence[Row], plan: Plan) -> dict[str, Any]:
+    """Write the table; how many samples and tokens it holds."""
+    write_table(folder / TABLE, "rollouts", rows, {"template_id": plan.template_id})
+    return {"num_samples": len(rows), "tokens": sum(len(row["response_ids"]) for row in rows)}
+
+
+def sampling_config(recipe: Recipe) -> dict[str, Any]:
+    """The settings that shape a round's samples."""
     config = recipe.rollout.model_dump(mode="json") | {"seed": recipe.seed, "steps_per_round": recipe.steps_per_round}
-    config |= {"cycle": Schedule.of(recipe).cycle, "top_k": recipe.score.top_k if asks_student(recipe) else 0}
-    return store.produce(layout.rollout_uri(round_uri), stage="rollout", config=config, inputs=inputs, write=write)
+    return config | {"cycle": Schedule.of(recipe).cycle, "top_k": recipe.score.top_k if asks_student(recipe) else 0}
+
+
+def _inputs(plan: Plan, number: int, store: Store) -> dict[str, str]:
+    planned, student = store.require(layout.plan_uri(plan.run_uri)).content_id, plan.student_id(number, store)
+    return {"plan": planned, "student": student} | teacher_prompts(plan, store)
+
+
+def _first(plan: Plan, number: int, store: Store) -> Mapping[str, Any]:
+    """Round 1's headline numbers, which later ones are compared with; empty in round 1."""
+    first = layout.rollout_uri(layout.round_uri(plan.run_uri, 1))
+    return store.require(first).metrics if number > 1 else {}
 
 
 def models(plan: Plan, number: int) -> dict[str, list[str]]:
@@ -263,6 +354,9 @@ def engine_at(plan: Plan, uri: str, store: Store) -> Iterator[Engine]:
 def engines_at(plan: Plan, uris: Iterable[str], store: Store) -> Iterator[dict[str, Engine]]:
     """The recipe's engine with several models over one base, by location, closed at the end."""
     recipe = plan.recipe
+    for place in plan.places(uris, store):
+        store.prefetch(place)
+    import_engine(recipe.rollout.engine)
     weights = {uri: plan.weights(uri, store) for uri in uris}
     (base,) = {own.base for own in weights.values()}
     with open_engines(

@@ -7,6 +7,7 @@ from typing import Literal
 
 from camopd import plan as layout
 from camopd.errors import StoreError
+from camopd.plan import Plan
 from camopd.store import Store
 
 
@@ -27,6 +28,13 @@ def begin(round_uri: str, *, store: Store | None = None) -> Literal["go", "done"
     if number > 1 and store.manifest(before) is None:
         raise StoreError(f"round {number} cannot start: round {number - 1} has no checkpoint at {before}; run it first")
     return "go"
+
+
+def begin_turn(round_uri: str, *, store: Store | None = None) -> Literal["go", "shards", "done", "stop"]:
+    """``begin``, and ``shards`` in place of ``go`` where several pods share the round's sampling and scoring."""
+    store = store or Store()
+    state, (run_uri, _) = begin(round_uri, store=store), layout.run_and_round(round_uri)
+    return "shards" if state == "go" and Plan.load(store, run_uri).recipe.shards > 1 else state
 
 
 def record_stop(run_uri: str, *, stage: str, round_number: int, reason: str, store: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,19 @@ import numpy as np
 
 from camopd import plan as layout
 from camopd.config import Recipe
-from camopd.engines import Engine
+from camopd.engines import Engine, token_batches
 from camopd.errors import StoreError
 from camopd.plan import Plan
 from camopd.progress import Progress
 from camopd.records import read_metadata, read_table, write_table
+from camopd.rollout import TABLE as ROLLOUTS
 from camopd.rollout import asks_student, engine_at
 from camopd.runtime import set_threads
+from camopd.shards import Shard, finished_parts, joined, joined_rates, key_of, part_config, rates, shard_uri
 from camopd.store import Manifest, Store, join
 
 Row = Mapping[str, Any]
+TABLE = "scored.parquet"
 
 
 def is_scored(row: Row, recipe: Recipe) -> bool:
@@ -60,7 +64,7 @@ def score_rows(
     return found
 
 
-def run(round_uri: str, branch_name: str, *, store: Store | None = None) -> Manifest:
+def run(round_uri: str, branch_name: str, *, shard: Shard | None = None, store: Store | None = None) -> Manifest:
     """Write ``scored.parquet`` of one branch of a round.
 
     The teacher scores the student's token ids as they are: prompts are rendered once, in `prepare`, and never again.
@@ -68,6 +72,7 @@ def run(round_uri: str, branch_name: str, *, store: Store | None = None) -> Mani
     Args:
         round_uri: ``<run>/rounds/0001``, rolled out.
         branch_name: the branch whose teacher scores its samples.
+        shard: the part to score, under a prefix of its own; None is the whole.
         store: where to read and write.
 
     Raises:
@@ -77,30 +82,86 @@ def run(round_uri: str, branch_name: str, *, store: Store | None = None) -> Mani
     run_uri, number = layout.run_and_round(round_uri)
     plan = Plan.load(store, run_uri)
     recipe, branch = plan.recipe, plan.recipe.branch(branch_name)
-    rollout_uri = layout.rollout_uri(round_uri)
-    inputs = {
-        "rollout": store.require(rollout_uri).content_id,
-        "teacher": plan.content_ids[f"teacher/{branch_name}"],
-    }
+    config, inputs = scoring_config(recipe), _inputs(plan, round_uri, branch_name, store)
 
     def write(folder: Path) -> dict[str, Any]:
         set_threads(recipe.num_threads)
-        table = store.fetch(join(rollout_uri, "rollouts.parquet"))
-        if read_metadata(table).get("template_id") != plan.template_id:
-            raise StoreError(
-                f"{rollout_uri} was sampled under another chat template than the plan's; remove it and roll out again"
-            )
-        rows = [row for row in read_table(table, "rollouts") if row["branch"] == branch_name]
+        rows = samples_of(plan, round_uri, branch_name, store)
+        rows = rows if shard is None else share(rows, shard, recipe)
         progress = Progress(
-            "score", total=len(rows), unit="samples", round_number=number, num_rounds=recipe.num_rounds, branch=branch_name
+            "score",
+            total=len(rows),
+            unit="samples",
+            round_number=number,
+            num_rounds=recipe.num_rounds,
+            branch=branch_name if shard is None else f"{branch_name} {shard}",
+            waited=store.waited,
         )
-        with engine_at(plan, plan.teacher_uri(branch), store) as engine:
-            scored = score_rows(engine, rows, plan, lambda tokens: progress.advance(1, tokens=tokens))
-        write_table(folder / "scored.parquet", "scored", scored)
-        return headline(scored, rows)
+        scored, seconds = [], 0.0
+        if rows:
+            with engine_at(plan, plan.teacher_uri(branch), store) as engine:
+                begun = time.monotonic()
+                scored = score_rows(engine, rows, plan, lambda tokens: progress.advance(1, tokens=tokens))
+                seconds = time.monotonic() - begun
+        write_table(folder / TABLE, "scored", scored)
+        numbers = headline(scored, rows)
+        return numbers | rates(numbers["tokens"], seconds)
 
-    config = recipe.score.model_dump(mode="json", include={"signal", "top_k", "top_k_of", "empty_answers", "batch_tokens"})
-    return store.produce(layout.score_uri(round_uri, branch_name), stage="score", config=config, inputs=inputs, write=write)
+    uri = shard_uri(layout.score_uri(round_uri, branch_name), shard)
+    return store.produce(uri, stage="score", config=part_config(config, shard), inputs=inputs, write=write)
+
+
+def join_shards(round_uri: str, branch_name: str, *, store: Store) -> Manifest:
+    """Make a branch's scores from their shards: the same table as if one pod had scored it.
+
+    Args:
+        round_uri: ``<run>/rounds/0001``, rolled out, every shard of which is scored.
+        branch_name: the branch.
+        store: where to read and write.
+
+    Raises:
+        StoreError: a shard is not finished, or a sample's scores are missing or there twice.
+    """
+    run_uri, _ = layout.run_and_round(round_uri)
+    plan, uri = Plan.load(store, run_uri), layout.score_uri(round_uri, branch_name)
+    config, inputs = scoring_config(plan.recipe), _inputs(plan, round_uri, branch_name, store)
+
+    def write(folder: Path) -> dict[str, Any]:
+        parts = finished_parts(uri, plan.recipe.shards, config, inputs, store)
+        tables = {part: read_table(store.fetch(join(part, TABLE)), "scored") for part in parts}
+        rows = samples_of(plan, round_uri, branch_name, store)
+        scored = joined(uri, [key_of(row) for row in rows if is_scored(row, plan.recipe)], tables)
+        write_table(folder / TABLE, "scored", scored)
+        numbers = headline(scored, rows)
+        return numbers | joined_rates(numbers["tokens"], parts.values())
+
+    return store.produce(uri, stage="score", config=config, inputs=inputs, write=write)
+
+
+def samples_of(plan: Plan, round_uri: str, branch_name: str, store: Store) -> list[dict[str, Any]]:
+    """A branch's samples of a round. Raises StoreError when they were made under another chat template than the plan's."""
+    uri = layout.rollout_uri(round_uri)
+    table = store.fetch(join(uri, ROLLOUTS))
+    if read_metadata(table).get("template_id") != plan.template_id:
+        raise StoreError(f"{uri} was sampled under another chat template than the plan's; remove it and roll out again")
+    return [row for row in read_table(table, "rollouts") if row["branch"] == branch_name]
+
+
+def share(rows: Sequence[dict[str, Any]], shard: Shard, recipe: Recipe) -> list[dict[str, Any]]:
+    """The samples of one shard, in their order: every so many of the batches that an engine makes of them."""
+    scored = [row for row in rows if is_scored(row, recipe)]
+    lengths = [len(row["prompt_ids"]) + len(row["response_ids"]) for row in scored]
+    return [scored[index] for index in shard.share(token_batches(lengths, recipe.score.batch_tokens))]
+
+
+def scoring_config(recipe: Recipe) -> dict[str, Any]:
+    """The settings that shape a teacher's scores."""
+    return recipe.score.model_dump(mode="json", include={"signal", "top_k", "top_k_of", "empty_answers", "batch_tokens"})
+
+
+def _inputs(plan: Plan, round_uri: str, branch_name: str, store: Store) -> dict[str, str]:
+    rollout = store.require(layout.rollout_uri(round_uri)).content_id
+    return {"rollout": rollout, "teacher": plan.content_ids[f"teacher/{branch_name}"]}
 
 
 def headline(scored: Sequence[Row], rollouts: Sequence[Row]) -> dict[str, Any]:

@@ -193,7 +193,7 @@ class Trainer:
         steps = json.dumps(self.records, indent=1) + "\n"
 
         def write(folder: Path, group: Group) -> None:
-            taken.write(folder, group, student=self.source, template=template)
+            taken.write(folder, group, student=self.source, template=template, finished=store.send)
             if group.rank == 0:
                 (folder / STEPS).write_text(steps)
 
@@ -288,7 +288,9 @@ def updates(plan: Plan, number: int, store: Store, partial: Partial) -> Trainer:
     chosen = selected_rows(rollouts, scored, selection)
     total, rounds, done = recipe.steps_per_round, recipe.num_rounds, len(trainer.records)
     if group.rank == 0:
-        progress = Progress("train", total=total, unit="steps", round_number=number, num_rounds=rounds, done=done)
+        progress = Progress(
+            "train", total=total, unit="steps", round_number=number, num_rounds=rounds, done=done, waited=store.waited
+        )
     for at in plan.schedule(number).ahead(total):
         rows = chosen.get(at.step, [])
         if at.step < trainer.schedule.step:

@@ -18,10 +18,13 @@ from camopd import plan as layout
 from camopd import rounds
 from camopd.config import Recipe, load_recipe
 from camopd.errors import InputError, Problem, UnhealthyRunError
+from camopd.estimate.pods import check_pods
+from camopd.estimate.work import scored_branches
 from camopd.outcome import Recorded
 from camopd.plan import Plan
 from camopd.recipe.parameters import AS_IN_RECIPE
-from camopd.store import Store, join
+from camopd.shards import place_of, shard_uri, shard_uris
+from camopd.store import Manifest, Store, join
 
 if TYPE_CHECKING:
     from camopd.tracking import Tracker
@@ -36,7 +39,7 @@ class Done:
         metrics: headline numbers, all finite.
         document: the page for people: settings (prepare), report (evaluate), release (promote).
         rounds: prefix of each round (prepare).
-        score_uris: one prefix a branch for the teachers' scores (rollout).
+        score_uris: prefixes of the teachers' scores, one a branch and shard (rollout, gather).
         decision: "pass" or "fail" (evaluate).
         release: name, version, alias and status (promote).
     """
@@ -80,6 +83,7 @@ def prepare(recipe: str, parameters: Mapping[str, Any] | None = None, *, job: st
         loaded = load_recipe(recipe, parameters)
         if job:
             require_stages(loaded)
+            check_pods(loaded, scored_branches(loaded))
         plan = stage.run(loaded, store=store)
         record["run"] = plan.run_uri
     tracker = tracking.tracker_for(plan.recipe.tracking)
@@ -98,51 +102,112 @@ def require_stages(recipe: Recipe) -> None:
 
 
 def begin(round_uri: str, *, store: Store | None = None) -> str:
-    """``go``, ``done`` or ``stop``. See ``camopd.rounds.begin``."""
-    return rounds.begin(round_uri, store=store)
+    """What a turn of the pipeline's loop is to do: see ``camopd.rounds.begin_turn``."""
+    return rounds.begin_turn(round_uri, store=store)
+
+
+def spread(round_uri: str, *, store: Store | None = None) -> list[str]:
+    """The prefixes of a round's sampling that may be worked on side by side: ``recipe.shards`` of them, or one.
+
+    One where nothing is left to sample, and where teachers have yet to make up prompts: several would make the same ones.
+    """
+    store = store or Store()
+    run_uri, _ = layout.run_and_round(round_uri)
+    recipe = Plan.load(store, run_uri).recipe
+    made_up = [layout.teacher_prompts_uri(run_uri, b.name) for b in recipe.branches if b.teacher_prompts and b.steps]
+    count = recipe.shards if all(store.manifest(uri) for uri in made_up) else 1
+    (first, *rest) = shard_uris(layout.rollout_uri(round_uri), count, store)
+    return [first, *rest] if rest else [round_uri]
 
 
 def rollout(round_uri: str, *, store: Store | None = None) -> Done:
+    """Sample a round, or one shard of it.
+
+    Args:
+        round_uri: as ``spread`` returns it.
+        store: where to read and write.
+    """
+    from camopd import rollout as stage
+
+    store, place = store or Store(), place_of(round_uri)
+    uri = shard_uri(layout.rollout_uri(place.round_uri), place.shard)
+    with _recorded(place.round_uri, "rollout", uri, store):
+        manifest = stage.run(place.round_uri, shard=place.shard, store=store)
+    score_uris = [] if place.shard else _score_uris(place.round_uri, 1, store)
+    return Done(uri, headline(manifest.metrics), score_uris=score_uris)
+
+
+def gather(round_uri: str, *, store: Store | None = None) -> Done:
+    """Make the round's rollout of its shards, where it is not finished. Its scores are to be done in as many."""
     from camopd import rollout as stage
 
     store = store or Store()
-    uri = layout.rollout_uri(round_uri)
+    run_uri, _ = layout.run_and_round(round_uri)
+    uri, count = layout.rollout_uri(round_uri), Plan.load(store, run_uri).recipe.shards
     with _recorded(round_uri, "rollout", uri, store):
-        manifest = stage.run(round_uri, store=store)
+        manifest = store.manifest(uri) or stage.join_shards(round_uri, store=store)
+    return Done(uri, headline(manifest.metrics), score_uris=_score_uris(round_uri, count, store))
+
+
+def _score_uris(round_uri: str, count: int, store: Store) -> list[str]:
     run_uri, number = layout.run_and_round(round_uri)
-    branches = Plan.load(store, run_uri).active_branches(number)
-    return Done(uri, headline(manifest.metrics), score_uris=[layout.score_uri(round_uri, branch.name) for branch in branches])
+    wholes = [layout.score_uri(round_uri, branch.name) for branch in Plan.load(store, run_uri).active_branches(number)]
+    return [uri for whole in wholes for uri in shard_uris(whole, count, store)]
 
 
-def score(round_uri: str, branch: str, *, store: Store | None = None) -> Done:
+def score(score_uri: str, *, store: Store | None = None) -> Done:
+    """Let a branch's teacher score a round's samples, or one shard of them.
+
+    Args:
+        score_uri: ``<round>/score-<branch>``, or a shard's prefix as ``gather`` returns it.
+        store: where to read and write.
+    """
     from camopd import score as stage
 
-    store = store or Store()
-    uri = layout.score_uri(round_uri, branch)
-    with _recorded(round_uri, "score", uri, store):
-        return Done(uri, headline(stage.run(round_uri, branch, store=store).metrics))
+    store, place = store or Store(), place_of(score_uri)
+    with _recorded(place.round_uri, "score", score_uri, store):
+        manifest = stage.run(place.round_uri, place.branch, shard=place.shard, store=store)
+    return Done(score_uri, headline(manifest.metrics))
 
 
 def select(round_uri: str, *, store: Store | None = None) -> Done:
+    from camopd import score as scoring
     from camopd import select as stage
 
     store = store or Store()
     uri = layout.select_uri(round_uri)
+    run_uri, number = layout.run_and_round(round_uri)
+    plan = Plan.load(store, run_uri)
     with _recorded(round_uri, "select", uri, store):
+        for branch in plan.active_branches(number) if plan.recipe.shards > 1 else ():
+            if store.manifest(layout.score_uri(round_uri, branch.name)) is None:
+                scoring.join_shards(round_uri, branch.name, store=store)
         return Done(uri, headline(stage.run(round_uri, store=store).metrics))
 
 
-def train(round_uri: str, *, store: Store | None = None) -> Done:
+def train(round_uri: str, *, job: str | None = None, store: Store | None = None) -> Done:
+    """The round's updates: in this process and those that it starts, or with ``job`` (camopd.trainjob) in pods of their own."""
     from camopd import tracking
-    from camopd import train as stage
 
     store = store or Store()
     uri = layout.checkpoint_uri(round_uri)
     with _recorded(round_uri, "train", uri, store):
-        manifest = stage.run(round_uri, store=store)
+        manifest = _train_in_pods(round_uri, job, store) if job else _train_here(round_uri, store)
     run_uri, _ = layout.run_and_round(round_uri)
     tracking.sync(run_uri, store=store, tracker=_tracker(run_uri, store))
     return Done(uri, headline(manifest.metrics))
+
+
+def _train_here(round_uri: str, store: Store) -> Manifest:
+    from camopd import train as stage
+
+    return stage.run(round_uri, store=store)
+
+
+def _train_in_pods(round_uri: str, job: str, store: Store) -> Manifest:
+    from camopd.trainjob import launch_and_follow
+
+    return launch_and_follow(job, round_uri, store=store)
 
 
 def evaluate(run_uri: str, *, store: Store | None = None) -> Done:
@@ -186,11 +251,32 @@ def _tracker(run_uri: str, store: Store) -> Tracker:
 
 
 def one_round(round_uri: str, *, store: Store | None = None) -> None:
-    """Roll out, score every branch, select and train."""
-    for score_uri in rollout(round_uri, store=store).score_uris:
-        score(round_uri, score_uri.rpartition("/score-")[2], store=store)
+    """Roll out, score every branch, select and train; shards one after another."""
+    store = store or Store()
+    _prefetch(round_uri, store)
+    for uri in spread(round_uri, store=store):
+        rollout(uri, store=store)
+    for uri in gather(round_uri, store=store).score_uris:
+        score(uri, store=store)
     select(round_uri, store=store)
     train(round_uri, store=store)
+
+
+def _prefetch(round_uri: str, store: Store) -> None:
+    """Begin to get the round's models, the student first: the teachers come while it samples.
+
+    Not for vLLM, which forks: a lock that a thread holds at that moment would never be free again.
+    """
+    run_uri, number = layout.run_and_round(round_uri)
+    plan = Plan.load(store, run_uri)
+    if plan.recipe.rollout.engine == "transformers":
+        teachers = [
+            plan.teacher_uri(branch)
+            for branch in plan.active_branches(number)
+            if store.manifest(layout.score_uri(round_uri, branch.name)) is None
+        ]
+        for place in plan.places((plan.student_uri(number), *teachers), store):
+            store.prefetch(place)
 
 
 def run(recipe: str, parameters: Mapping[str, Any] | None = None, *, store: Store | None = None) -> Done:
@@ -235,7 +321,7 @@ def _colocated(plan: Plan, store: Store) -> None:
 
 def _may_start(round_uri: str, plan: Plan, store: Store) -> bool:
     """Whether a round is to be done. Raises UnhealthyRunError when the run has stopped itself."""
-    state = begin(round_uri, store=store)
+    state = rounds.begin(round_uri, store=store)
     if state == "stop":
         raise UnhealthyRunError(outcomes.describe(plan.run_uri, succeeded=False, store=store))
     return state == "go"

@@ -27,7 +27,7 @@ def loaded_globals(code: CodeType) -> set[str]:
 
 def test_there_is_one_component_a_stage():
     assert set(NAMES) == {
-        "begin", "evaluate", "prepare", "promote", "report_outcome", "rollout", "score", "select", "train",
+        "begin", "evaluate", "gather", "prepare", "promote", "report_outcome", "rollout", "score", "select", "spread", "train",
     }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def scored(output: Path, num_processes: int) -> str:
     """Prefix of a first round for which all but the training is done."""
     uri = layout.round_uri(prepared(output, num_processes), 1)
     for score_uri in workflow.rollout(uri).score_uris:
-        workflow.score(uri, score_uri.rpartition("/score-")[2])
+        workflow.score(score_uri)
     workflow.select(uri)
     return uri
 

@@ -33,6 +33,16 @@ def test_branches_that_score_side_by_side_are_shown_together():
     assert board.sentence() == "round 2/4  score  general 6/10 samples, domain 4/10 samples  1,150 tokens/s"
 
 
+def test_shards_that_sample_side_by_side_are_shown_together():
+    board = board_after(
+        line("rollout", 2, 3, 1.0, branch="all branches, shard 1 of 2"),
+        line("rollout", 2, 5, 1.1, branch="all branches, shard 2 of 2"),
+        line("rollout", 2, 10, 2.0, branch="all branches, shard 1 of 2"),
+    )
+    assert "shard 1 of 2 10/10 samples, all branches, shard 2 of 2 5/10 samples" in board.sentence()
+    assert not board.finished()
+
+
 def test_another_stage_replaces_what_was_shown():
     board = board_after(line("score", 2, 3, 1.0, branch="general"), line("train", 2, 1, 2.0, branch="domain"))
     assert board.sentence() == "round 2/4  train  domain 1/10 samples"

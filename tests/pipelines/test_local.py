@@ -92,9 +92,17 @@ def processes_of(session: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_ends_like_an_unbroken_run(small_recipe, mlflow_sqlite, tmp_path):
+@pytest.mark.parametrize("shards", [1, 2])
+def test_killed_and_started_again_it_ends_like_an_unbroken_run(small_recipe, mlflow_sqlite, tmp_path, shards):
+    """Two shards, killed, end like one pod, unbroken."""
+    text = small_recipe.read_text().replace("[rollout]", "[rollout]\nbatch_size = 4")
+    small_recipe.write_text(text)
+    spread = small_recipe.with_name("spread.toml")
+    spread.write_text(f"shards = {shards}\n" + text)
+
     def arguments(output: str) -> list[str]:
-        return [str(small_recipe), "--set", f"output={tmp_path / output}", "--set", "num_rounds=2"]
+        recipe = spread if output == "killed" else small_recipe
+        return [str(recipe), "--set", f"output={tmp_path / output}", "--set", "num_rounds=2"]
 
     def weights(output: str) -> bytes:
         (path,) = (tmp_path / output).glob("*/rounds/0002/train/model.safetensors")

@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import yaml
 
+from camopd.trainjob import JobSpec, render
 from pipelines.compile import COMMITTED, compile_pipeline
+from tests.fixtures.kubernetes_api import SCHEMAS
+from tests.fixtures.structural import problems
 
 EXAMPLE_POOLS = COMMITTED.with_name("pools.example.toml")
 NEEDS_GPU = {"rollout", "score", "evaluate", "train"}
+ON_TWO_NODES = '[training]\nnodes = 2\nruntime = "torch-distributed"\n'
 Spec = dict[str, Any]
 
 
@@ -33,6 +37,16 @@ def pooled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Spec, Spec]:
     return documents(path)
 
 
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> tuple[Spec, Spec]:
+    """The example's pools with training on two nodes."""
+    folder = tmp_path_factory.mktemp("spread")
+    pools = EXAMPLE_POOLS.read_text(encoding="utf-8").replace("[training] ", f"{ON_TWO_NODES}#")
+    (folder / "pools.toml").write_text(pools, encoding="utf-8")
+    compile_pipeline(folder / "recovery.yaml", folder / "pools.toml")
+    return documents(folder / "recovery.yaml")
+
+
 def dags(spec: Spec) -> Iterator[tuple[str, Spec]]:
     """Every graph of the pipeline with its name: the root, loops, conditions, the exit handler, nested pipelines."""
     yield "root", spec["root"]
@@ -43,6 +57,11 @@ def tasks(spec: Spec) -> Iterator[tuple[str, str, Spec]]:
     """Every task with the name of its graph and its own."""
     for graph, component in dags(spec):
         yield from ((graph, name, task) for name, task in component["dag"]["tasks"].items())
+
+
+def stage(name: str) -> str:
+    """``train`` of ``train-2``: a component that stands in the graph a second time."""
+    return re.sub(r"-\d+$", "", name)
 
 
 def executors(spec: Spec) -> dict[str, Spec]:
@@ -103,13 +122,13 @@ def test_names_sort_and_explain_themselves(cpu):
 def test_people_see_names_for_people(cpu):
     assert cpu["root"]["dag"]["tasks"]["report-outcome"]["taskInfo"]["name"] == "Outcome: what happened"
     for graph, name, task in tasks(cpu):
-        assert task["taskInfo"]["name"] != name or name in ("go", "passed"), (graph, name)
+        assert task["taskInfo"]["name"] != name or name in ("go", "passed", "shards"), (graph, name)
 
 
 # --- The graph ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fixture", ["cpu", "pooled"])
+@pytest.mark.parametrize("fixture", ["cpu", "pooled", "spread"])
 def test_every_input_of_every_task_is_defined_where_it_is_read(fixture, request):
     """The SDK does not thread a parameter that only resources use into a sub-graph: the run would fail at that task."""
     spec = request.getfixturevalue(fixture)
@@ -124,13 +143,15 @@ def test_every_input_of_every_task_is_defined_where_it_is_read(fixture, request)
                 elif "taskOutputParameter" in source:
                     assert source["taskOutputParameter"]["producerTask"] in task["dependentTasks"], (graph, name, parameter)
                     assert source["taskOutputParameter"]["producerTask"] in inside, (graph, name, parameter)
-            wanted = set(spec["components"][task["componentRef"]["name"]].get("inputDefinitions", {}).get("parameters", {}))
+            inputs = spec["components"][task["componentRef"]["name"]].get("inputDefinitions", {}).get("parameters", {})
+            wanted = {parameter for parameter, definition in inputs.items() if not definition.get("isOptional")}
             given = set(task.get("inputs", {}).get("parameters", {})) | {task.get("parameterIterator", {}).get("itemInput")}
             assert wanted <= given, (graph, name, wanted - given)
 
 
-def test_containers_name_no_input_that_their_component_lacks(pooled):
-    spec = pooled[0]
+@pytest.mark.parametrize("fixture", ["pooled", "spread"])
+def test_containers_name_no_input_that_their_component_lacks(fixture, request):
+    spec = request.getfixturevalue(fixture)[0]
     for name, container in executors(spec).items():
         inputs = set(spec["components"][f"comp-{name}"].get("inputDefinitions", {}).get("parameters", {}))
         used = set(re.findall(r"\{\{\$\.inputs\.parameters\['([^']+)'\]\}\}", yaml.safe_dump(container)))
@@ -140,18 +161,32 @@ def test_containers_name_no_input_that_their_component_lacks(pooled):
 def test_the_graph_is_the_one_of_the_architecture(cpu):
     parts = cpu["components"]
     whole = parts["comp-exit-handler-1"]["dag"]["tasks"]
-    assert set(whole) == {"prepare", "for-loop-2", "evaluate", "condition-4"}
+    assert set(whole) == {"prepare", "for-loop-2", "evaluate", "condition-8"}
     assert "for-loop-2" in whole["evaluate"]["dependentTasks"]
     assert whole["for-loop-2"]["iteratorPolicy"] == {"parallelismLimit": 1}
-    assert set(parts["comp-for-loop-2"]["dag"]["tasks"]) == {"begin", "condition-3"}
-    one_round = parts["comp-camopd-round"]["dag"]["tasks"]
+    turn = parts["comp-for-loop-2"]["dag"]["tasks"]
+    assert {name: task["taskInfo"]["name"] for name, task in turn.items() if name != "begin"} == {
+        "condition-3": "go",
+        "condition-5": "shards",
+    }
+    one_round = parts["comp-condition-3"]["dag"]["tasks"]
     assert {name: task.get("dependentTasks", []) for name, task in one_round.items()} == {
         "rollout": [],
-        "for-loop-1": ["rollout"],
-        "select": ["for-loop-1"],
+        "for-loop-4": ["rollout"],
+        "select": ["for-loop-4"],
         "train": ["select"],
     }
-    assert "iteratorPolicy" not in one_round["for-loop-1"], "branches score side by side"
+    in_shards = parts["comp-condition-5"]["dag"]["tasks"]
+    assert {name: task.get("dependentTasks", []) for name, task in in_shards.items()} == {
+        "spread": [],
+        "for-loop-6": ["spread"],
+        "gather": ["for-loop-6"],
+        "for-loop-7": ["gather"],
+        "select-2": ["for-loop-7"],
+        "train-2": ["select-2"],
+    }
+    for loop in (one_round["for-loop-4"], in_shards["for-loop-6"], in_shards["for-loop-7"]):
+        assert "iteratorPolicy" not in loop, "branches and shards work side by side"
     assert cpu["root"]["dag"]["tasks"]["report-outcome"]["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
 
 
@@ -167,17 +202,18 @@ def test_loops_and_conditions_read_a_single_return_value(cpu):
 
 def test_inside_a_loop_only_the_item_is_read(cpu):
     """The local runner puts the loop's item in the place of an outer task's output."""
-    loops = {"comp-for-loop-1", "comp-for-loop-2", "comp-condition-3"}
+    loops = {name for name in cpu["components"] if name.startswith("comp-for-loop-")} | {"comp-condition-3", "comp-condition-5"}
+    assert len(loops) == 6
     for graph, name, task in tasks(cpu):
-        if graph in loops:
+        if graph in loops and "dag" not in cpu["components"][task["componentRef"]["name"]]:
             for source in task["inputs"]["parameters"].values():
                 outer = source.get("componentInputParameter", "-loop-item")
                 assert outer.endswith("-loop-item"), (graph, name)
 
 
-def test_nothing_is_cached(cpu, pooled):
+def test_nothing_is_cached(cpu, pooled, spread):
     """KFP's key is a URI, not what lies behind it; our manifests are the cache."""
-    for spec in (cpu, pooled[0]):
+    for spec in (cpu, pooled[0], spread[0]):
         for graph, name, task in tasks(spec):
             if "cachingOptions" in task or name.rpartition("-")[0] not in ("for-loop", "condition", "exit-handler"):
                 assert task["cachingOptions"] == {}, (graph, name)
@@ -206,9 +242,10 @@ def test_what_runs_for_a_done_or_stopped_round_asks_for_no_accelerator(pooled):
     spec = pooled[0]
     containers = executors(spec)
     wanting = {name for name, container in containers.items() if "accelerator" in container.get("resources", {})}
-    assert wanting == NEEDS_GPU
-    behind_begin = reachable(spec, "comp-condition-3")
-    assert behind_begin == {"rollout", "score", "select", "train"}
+    assert set(map(stage, wanting)) == NEEDS_GPU
+    assert reachable(spec, "comp-condition-3") == {"rollout", "score", "select", "train"}
+    assert set(map(stage, reachable(spec, "comp-condition-5"))) == {"spread", "gather", "rollout", "score", "select", "train"}
+    behind_begin = reachable(spec, "comp-condition-3") | reachable(spec, "comp-condition-5")
     in_the_loop = reachable(spec, "comp-for-loop-2")
     assert not (in_the_loop - behind_begin) & wanting
     assert wanting - behind_begin == {"evaluate"}, "evaluate waits for the loop; the rest stands behind begin"
@@ -216,24 +253,67 @@ def test_what_runs_for_a_done_or_stopped_round_asks_for_no_accelerator(pooled):
 
 def test_accelerators_are_constants_and_counts_are_text(pooled):
     """The backend drops a count that is an int parameter, in silence."""
-    for name in NEEDS_GPU:
-        accelerator = executors(pooled[0])[name]["resources"]["accelerator"]
+    for name, container in executors(pooled[0]).items():
+        if stage(name) not in NEEDS_GPU:
+            continue
+        accelerator = container["resources"]["accelerator"]
         assert accelerator["resourceType"] == "nvidia.com/gpu", name
-        assert accelerator["resourceCount"] == ("8" if name == "train" else "1")
+        assert accelerator["resourceCount"] == ("8" if stage(name) == "train" else "1")
         assert isinstance(accelerator["resourceCount"], str)
 
 
 def test_retries_and_timeouts_are_constants_and_begin_has_no_retry(pooled):
     spec, platform = pooled
-    retried = {name: task["retryPolicy"]["maxRetryCount"] for _, name, task in tasks(spec) if "retryPolicy" in task}
+    retried = {stage(name): task["retryPolicy"]["maxRetryCount"] for _, name, task in tasks(spec) if "retryPolicy" in task}
     assert retried == {"rollout": 2, "score": 2, "train": 2, "evaluate": 2}
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert pods["exec-train"]["activeDeadlineSeconds"] == str(1440 * 60)
 
 
+def train_tasks(spec: Spec) -> list[Spec]:
+    """Of a round, and of a round in shards."""
+    found = [task for _, name, task in tasks(spec) if stage(name) == "train"]
+    assert len(found) == 2
+    return found
+
+
+def test_on_one_node_the_train_step_gets_no_job(cpu, pooled):
+    for spec in (cpu, pooled[0]):
+        for task in train_tasks(spec):
+            assert [name.removeprefix("pipelinechannel--") for name in task["inputs"]["parameters"]] == ["round_uri"]
+        assert spec["components"]["comp-train"]["inputDefinitions"]["parameters"]["job"]["defaultValue"] == ""
+
+
+def test_on_several_nodes_the_train_step_launches_from_the_cpu_pool(spread):
+    spec, platform = spread
+    container = executors(spec)["train"]
+    assert container["resources"] == executors(spec)["select"]["resources"]
+    assert "accelerator" not in container["resources"]
+    limited = map(stage, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"])
+    assert "exec-train" not in limited, "waiting in a queue is no timeout"
+    assert [task["retryPolicy"]["maxRetryCount"] for task in train_tasks(spec)] == [2, 2]
+
+
+def test_the_job_is_one_constant_text_whose_numbers_stay_whole(spread):
+    (constant,) = {task["inputs"]["parameters"]["job"]["runtimeValue"]["constant"] for task in train_tasks(spread[0])}
+    assert isinstance(constant, str)
+    assert "{{" not in constant, "Argo would take it for a template"
+    job = JobSpec.model_validate_json(constant)
+    assert (job.nodes, job.count, job.memory, job.timeout_minutes) == (2, 8, "512Gi", 1440)
+    job = render(job, "s3://bucket/runs/a-0/rounds/0001")
+    assert list(problems(job, yaml.safe_load(SCHEMAS["v2.3.0"].read_text(encoding="utf-8")))) == []
+
+
+def test_several_nodes_change_the_train_step_alone(pooled, spread):
+    one, many = (dict(executors(spec)) for spec, _ in (pooled, spread))
+    assert {name for name in one if one[name] != many[name]} == {name for name in one if stage(name) == "train"}
+    assert one.keys() == many.keys()
+    assert pooled[0]["root"] == spread[0]["root"], "the run form stays as it is"
+
+
 def test_pods_get_shared_memory_selectors_and_tolerations(pooled):
     pods = pooled[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    assert set(pods) == {f"exec-{name}" for name in NEEDS_GPU}
+    assert {stage(name) for name in pods} == {f"exec-{name}" for name in NEEDS_GPU}
     train = pods["exec-train"]
     assert train["emptyDirMounts"] == [{"medium": "Memory", "mountPath": "/dev/shm", "sizeLimit": "64Gi", "volumeName": "shm"}]
     assert train["nodeSelector"]["labels"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}

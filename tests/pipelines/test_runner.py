@@ -101,6 +101,34 @@ def test_a_round_without_a_domain_step_asks_no_domain_teacher(run, small_recipe,
     assert manifests(Path(here)) >= rounds(2)
 
 
+def test_a_shard_that_fails_is_done_again_alone_and_the_weights_are_those_of_one_pod(run, small_recipe, tmp_path):
+    small = small_recipe.read_text().replace("[rollout]", "[score]\nbatch_tokens = 64\n[rollout]\nbatch_size = 4")
+    small_recipe.write_text(small)
+    here = workflow.run(str(small_recipe), {"output": str(tmp_path / "here"), "num_rounds": 2}).uri
+    small_recipe.write_text("shards = 2\n" + small)
+    folder, outcome = run(method_num_rounds="1")
+    assert "finished" in outcome
+    shards = {f"{stage}-{number}-of-2" for stage in ("rollout", "score-general", "score-domain") for number in (1, 2)}
+    assert manifests(folder / "rounds/0001/shards") == shards
+    assert rounds(1) <= manifests(folder)
+
+    lost = folder / "rounds/0002/shards/rollout-2-of-2"
+    lost.parent.mkdir(parents=True)
+    lost.write_text("a file where the shard's folder would be")
+    folder, outcome = run(method_num_rounds="2", fails="rollout-2")
+    assert "failed in rollout" in outcome
+    assert "rollout-2-of-2" in outcome
+    assert not manifests(folder) & rounds(2)
+    kept = folder / "rounds/0002/shards/rollout-1-of-2/manifest.json"
+    made = kept.stat().st_mtime_ns
+
+    lost.unlink()
+    folder, outcome = run(method_num_rounds="2")
+    assert "finished" in outcome
+    assert kept.stat().st_mtime_ns == made, "a finished shard is not done again"
+    assert weights(str(folder)) == weights(here)
+
+
 def test_the_exit_handler_takes_both_words_for_success(run, small_recipe, tmp_path):
     """SUCCEEDED comes from the local runner, COMPLETE from a cluster, whose message is empty."""
     run(method_num_rounds="1")

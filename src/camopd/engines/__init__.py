@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -118,6 +119,20 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         batch.append(index)
     if batch:
         yield batch
+
+
+def sample_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Groups of indices of at most ``size``, the longest prompts first: little padding, and most memory at once."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def import_engine(name: str) -> None:
+    """Do the imports of an engine, which take seconds: its weights may come meanwhile."""
+    if name == "transformers":
+        import_module("camopd.engines.transformers")
+    elif find_spec(name) is not None:
+        import_module(name)
 
 
 def load_engine(

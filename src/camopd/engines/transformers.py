@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from camopd.engines import Sample, Scores, TokenIds, token_batches
+from camopd.engines import Sample, Scores, TokenIds, sample_batches, token_batches
 from camopd.engines.cache import roomy_cache
 from camopd.engines.packing import hidden_states, use_packing
 from camopd.errors import InputError, Problem
@@ -158,9 +158,7 @@ class TransformersEngine:
         eos_ids: Sequence[int],
         top_k: int = 0,
     ) -> Iterator[tuple[int, Sample]]:
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))  # little padding, longest (most memory) first
-        for start in range(0, len(order), self._batch_size):
-            batch = order[start : start + self._batch_size]
+        for batch in sample_batches([len(prompt) for prompt in prompts], self._batch_size):
             samples = self._sample_batch([prompts[i] for i in batch], [seeds[i] for i in batch], max_new_tokens, eos_ids, top_k)
             yield from zip(batch, samples, strict=True)
 

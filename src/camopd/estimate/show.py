@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from camopd.config import Recipe
 from camopd.estimate.assumptions import GPUS, Assumptions
+from camopd.estimate.pods import ControlPlane, by_shards
 from camopd.estimate.shapes import ModelShape
 from camopd.estimate.sources import LengthOptions, mean_lengths, model_shapes
 from camopd.estimate.total import Estimate, advice, at_limits, estimate
+from camopd.estimate.work import scored_branches
 from camopd.store import Store
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+PODS = ("shards", "pods a round", "pods", "Workflow object", "rounds that fit")
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Planned:
         lengths: where each branch's lengths come from.
         mean: at mean lengths.
         limits: with every prompt and response as long as the recipe allows.
+        control_plane: what one number of shards or another asks of the cluster.
     """
 
     recipe: Recipe
@@ -38,6 +44,7 @@ class Planned:
     lengths: Mapping[str, str]
     mean: Estimate
     limits: Estimate
+    control_plane: Sequence[ControlPlane]
 
     def to_record(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -51,6 +58,7 @@ class Planned:
             "lengths": self.lengths,
             "mean": self.mean.to_record(),
             "limits": self.limits.to_record(),
+            "control_plane": [asdict(own) for own in self.control_plane],
             "notes": advice(self.recipe, self.shapes, self.mean, self.given),
         }
 
@@ -71,7 +79,8 @@ def planned(recipe: Recipe, given: Assumptions, configs: Mapping[str, str], leng
     shapes, origins = model_shapes(recipe, configs)
     means, said = mean_lengths(recipe, lengths, store)
     mean = estimate(recipe, shapes, means, given)
-    return Planned(recipe, given, shapes, origins, said, mean, estimate(recipe, shapes, at_limits(recipe, means), given))
+    limits = estimate(recipe, shapes, at_limits(recipe, means), given)
+    return Planned(recipe, given, shapes, origins, said, mean, limits, by_shards(recipe, scored_branches(recipe)))
 
 
 # --- For people -----------------------------------------------------------------------------------------------------------
@@ -118,6 +127,7 @@ def tables(plan: Planned) -> list[tuple[str, Sequence[str], Sequence[Sequence[st
         ),
         ("Time", ("stage", "branch", "tokens", "PFLOP", "GPU-hours", "at the limits"), work_rows(plan)),
         ("Written to the store", ("stage", "bytes", "at the limits"), store_rows(plan)),
+        *([("Pods of the whole run, drivers included", PODS, pod_rows(plan))] if plan.control_plane else []),
     ]
 
 
@@ -184,6 +194,13 @@ def store_rows(plan: Planned) -> list[list[str]]:
     rows = [[stage, size(plan.mean.tables[stage]), size(plan.limits.tables[stage])] for stage in plan.mean.tables]
     checkpoints = size(plan.mean.checkpoints)
     return [*rows, [f"train ({plan.recipe.num_rounds} checkpoints)", checkpoints, checkpoints]]
+
+
+def pod_rows(plan: Planned) -> list[list[str]]:
+    return [
+        [str(own.shards), f"{own.a_round:g}", f"{own.pods:,}", size(own.object_bytes), str(own.most_rounds)]
+        for own in plan.control_plane
+    ]
 
 
 def totals(plan: Planned, gpu_hours: float | None) -> list[str]:

@@ -21,6 +21,7 @@ from camopd.estimate.memory import (
     score_memory,
     train_memory,
 )
+from camopd.estimate.pods import check_pods, pods
 from camopd.estimate.shapes import ModelShape
 from camopd.estimate.work import (
     BranchTokens,
@@ -121,7 +122,6 @@ def estimate(recipe: Recipe, shapes: Mapping[str, ModelShape], lengths: Mapping[
     samples = samples_of(recipe, num_steps(recipe))
     active = scored_branches(recipe)
     memory = stage_memory(recipe, shapes, samples, given)
-    pods = storage.pods(recipe, active)
     student = shapes[STUDENT]
     return Estimate(
         lengths={name: lengths[name] for name in samples},
@@ -130,8 +130,8 @@ def estimate(recipe: Recipe, shapes: Mapping[str, ModelShape], lengths: Mapping[
         work=tuple(stage_work(recipe, shapes, samples, lengths, memory, active, given)),
         tables=storage.table_bytes(recipe, samples, lengths),
         checkpoints=storage.checkpoint_bytes(student, recipe.train.lora) * recipe.num_rounds,
-        pods=pods,
-        object_bytes=storage.check_pods(recipe, pods),
+        pods=pods(recipe, active),
+        object_bytes=check_pods(recipe, active),
         price=given.price,
     )
 
@@ -181,10 +181,15 @@ def stage_work(
             train_work(shapes[STUDENT], name, count, own, given, judge=judge, frozen=recipe.train.lora is not None),
         ]
     stages = [
-        replace(stage, gpus=(memory.get(stage.name) or memory["recover"]).gpus)
+        replace(stage, gpus=_together(stage.name, (memory.get(stage.name) or memory["recover"]).gpus, recipe))
         for stage in sorted(found, key=lambda stage: ("rollout", "score", "train").index(stage.name))
     ]
     return [*stages, start_work(recipe, active, {stage: need.gpus or 1 for stage, need in memory.items()}, given)]
+
+
+def _together(stage: str, gpus: int | None, recipe: Recipe) -> int | None:
+    """GPUs that a stage works on at once: of a pod, times the shards that share the stage."""
+    return gpus * recipe.shards if gpus and stage in ("rollout", "score") else gpus
 
 
 def advice(recipe: Recipe, shapes: Mapping[str, ModelShape], found: Estimate, given: Assumptions) -> list[str]:

@@ -183,7 +183,7 @@ def train_work(
 
 
 def start_work(recipe: Recipe, active: int, gpus: Mapping[str, int], given: Assumptions) -> Stage:
-    """GPUs that wait while a pod starts and loads: one rollout and one update a round, one scoring task a branch.
+    """GPUs that wait while pods start and load: for one rollout and one update a round, one scoring task a branch.
 
     Args:
         recipe: the recipe.
@@ -193,5 +193,6 @@ def start_work(recipe: Recipe, active: int, gpus: Mapping[str, int], given: Assu
     """
     rounds = recipe.num_rounds
     counts = {"recover": 1} if recipe.execution == "colocated" else {"rollout": rounds, "score": active, "train": rounds}
-    waiting = sum(count * gpus[stage] for stage, count in counts.items())
+    together = {"rollout": recipe.shards, "score": recipe.shards}
+    waiting = sum(count * gpus[stage] * together.get(stage, 1) for stage, count in counts.items())
     return Stage("pod starts", "", 0, 0, waiting * given.start_minutes * 60, waiting / sum(counts.values()))

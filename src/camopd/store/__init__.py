@@ -12,17 +12,20 @@ import hashlib
 import os
 import platform
 import shutil
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from camopd import __version__
 from camopd.errors import MissingError, StoreError
 from camopd.store.local import LocalBackend, content_of, local_path, scratch
 from camopd.store.manifest import MANIFEST, FileInfo, Manifest, canonical, content_id_of, digest, sha256_file
+from camopd.store.prefetch import Prefetcher
+from camopd.store.protocols import Alone, Backend, Sending, Writers
 from camopd.store.uris import check_uri, is_s3, join, parent
 
 __all__ = [
@@ -45,58 +48,6 @@ _BLOCK = 64 << 20  # bytes read at once where a whole file need not be in memory
 _FILE, _FOLDER = "file", "folder"  # in place of a stage's name in the manifest of what came from elsewhere
 
 
-class Backend(Protocol):
-    """What a kind of store must offer. URIs are normalised by ``check_uri`` before they come here.
-
-    Whatever goes wrong is a StoreError whose sentence names the URI and what to do.
-    """
-
-    def stat(self, uri: str) -> FileInfo | None:
-        """The file of exactly this URI, or None."""
-
-    def list(self, uri: str) -> Sequence[FileInfo]:
-        """The content below the prefix, sorted by name: no hidden names, not its own manifest, nothing of ``domain-ab/``."""
-
-    def read(self, uri: str, start: int = 0, length: int | None = None) -> bytes:
-        """Bytes of a file from ``start`` on, fewer than ``length`` at its end. Raises MissingError."""
-
-    def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
-        """Write a small file in one piece; False when it was there and ``if_absent`` was asked for."""
-
-    def download(self, uri: str, path: Path) -> None:
-        """Get a file of any size to a local path."""
-
-    def share(self, folder: Path, uri: str) -> None:
-        """Bring the files of one of several writers to where ``publish`` by another one counts on them."""
-
-    def publish(self, folder: Path, uri: str, shared: Sequence[Path] = ()) -> bool:
-        """Make the prefix from all files of a folder, its manifest last; they may be moved. False: it was finished already.
-
-        ``shared`` are the folders of the other writers, where there are several.
-        """
-
-    def remove(self, uri: str) -> bool:
-        """Delete a file, or a prefix with all that lies below it, its manifest first. False where that is not allowed."""
-
-
-class Writers(Protocol):
-    """The processes that write one prefix together, as one of them sees it; ``camopd.group.Group`` is one."""
-
-    @property
-    def rank(self) -> int:
-        """Number of this process; 0 writes the manifest."""
-
-    def gather(self, value: Any) -> Sequence[Any]:
-        """JSON of each process, by rank, on each of them; waits for all."""
-
-
-class _Alone:
-    rank = 0
-
-    def gather(self, value: Any) -> Sequence[Any]:
-        return [value]
-
-
 class Store:
     """Reads and writes by URI, local or s3://, and knows what a finished prefix is.
 
@@ -110,6 +61,30 @@ class Store:
         self._local = LocalBackend()
         self._s3 = s3
         self._cache = cache or _default_cache()
+        self._clock = threading.local()  # a thread that saves beside the training waits for nobody but itself
+        self._prefetcher = Prefetcher(self._fetch_remote)
+        self._sending: dict[Path, Sending] = {}
+
+    def waited(self) -> float:
+        """Seconds that this thread has waited for transfers, until now."""
+        return getattr(self._clock, "waited", 0.0)
+
+    @contextlib.contextmanager
+    def _stopping_prefetches(self) -> Iterator[None]:
+        """Where a stage fails or is interrupted, nobody waits for what it would have needed next."""
+        try:
+            yield
+        except BaseException:
+            self._prefetcher.stop()
+            raise
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._clock.waited = self.waited() + time.monotonic() - begun
 
     def _backend(self, uri: str) -> Backend:
         if not is_s3(uri):
@@ -218,43 +193,68 @@ class Store:
         Raises StoreError when nothing is there, or when sizes or sha256 differ from the manifest (a download is tried twice).
         """
         if is_s3(uri):
-            return self._fetch_remote(uri)
+            coming = self._prefetcher.take(uri)
+            with self._waiting():
+                return self._fetch_remote(uri) if coming is None else coming.result()
         if not local_path(uri).exists():
             raise MissingError(f"{uri}: there is no such file or folder; check its spelling")
         if self.manifest(uri) is not None and (wrong := self.verify(uri)):
             raise StoreError(f"{uri} is damaged: {'; '.join(wrong)}; remove it to have it made again")
         return local_path(uri)
 
-    def _fetch_remote(self, uri: str) -> Path:
+    def prefetch(self, uri: str) -> None:
+        """Begin to get what will be fetched soon, behind what was named before. Whatever goes wrong is raised by ``fetch``."""
+        if is_s3(uri):
+            self._prefetcher.begin(uri)
+
+    def _fetch_remote(self, uri: str, stop: threading.Event | None = None) -> Path:
         """Copies lie under their content id and are prefixes like others: one without a manifest does not exist."""
         wanted = self._described(uri)
         is_file = wanted.stage == _FILE
-        place = self._cache / content_id_of(wanted.files).removeprefix("sha256:")  # the manifest's own word may be anything
+        place = self._place(wanted.files)  # the manifest's own word may be anything
         if self.manifest(str(place)) is not None and self.verify(str(place)):
             shutil.rmtree(place)  # a cleaner of old files was here
         if self.manifest(str(place)) is None:
             with scratch(self._cache) as folder:
-                for file in wanted.files:
-                    self._download(uri if is_file else join(uri, file.name), file, folder / file.name)
+                self._download({uri if is_file else join(uri, file.name): file for file in wanted.files}, folder, stop)
                 if self._described(uri) != wanted:
                     raise StoreError(f"{uri} changed while it was downloaded; start again when nobody writes there")
                 (folder / MANIFEST).write_text(wanted.to_json(), encoding="utf-8")
                 self._local.publish(folder, str(place))
         return place / wanted.files[0].name if is_file else place
 
-    def _download(self, uri: str, file: FileInfo, target: Path) -> None:
-        """Get one file and compare it with what is known of it; a copy that differs is fetched once more."""
-        if not {"", ".", ".."}.isdisjoint(file.name.split("/")):
-            raise StoreError(f"{uri} cannot be a file below a folder; rename the object")
-        target.parent.mkdir(parents=True, exist_ok=True)
+    def _place(self, files: Sequence[FileInfo]) -> Path:
+        """Where a copy of these files lies in the cache."""
+        return self._cache / content_id_of(files).removeprefix("sha256:")
+
+    def _download(self, files: Mapping[str, FileInfo], folder: Path, stop: threading.Event | None) -> None:
+        """Get files and compare them with what is known of them, each while later ones come; those that differ twice."""
+        for uri, file in files.items():
+            if not {"", ".", ".."}.isdisjoint(file.name.split("/")):
+                raise StoreError(f"{uri} cannot be a file below a folder; rename the object")
+            (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
+        left, found = list(files), ""  # never none: a prefix without files is not there
         for _ in range(2):
-            self._backend(uri).download(uri, target)
-            size = target.stat().st_size
-            if size == file.size and file.sha256 in ("", sha256_file(target)):
+            wrong = []
+            targets = {uri: folder / files[uri].name for uri in left}
+            with contextlib.closing(self._backend(left[0]).download(targets, stop)) as coming:
+                for uri in coming:
+                    file, size = files[uri], targets[uri].stat().st_size
+                    if size == file.size and file.sha256 in ("", sha256_file(targets[uri])):
+                        continue
+                    found = f"{size} bytes, not {file.size}" if size != file.size else "another sha256 than its manifest says"
+                    targets[uri].unlink()
+                    wrong.append(uri)
+            left = wrong
+            if not left:
                 return
-            target.unlink()
-        found = f"{size} bytes, not {file.size}" if size != file.size else "another sha256 than its manifest says"
-        raise StoreError(f"{uri} was downloaded twice and has {found}; have it written again")
+        raise StoreError(f"{left[-1]} was downloaded twice and has {found}; have it written again")
+
+    def send(self, path: Path) -> None:
+        """Let a file of the folder that ``produce`` gave to a stage go up now: it will not change any more."""
+        for folder, sending in self._sending.items():
+            if path.is_relative_to(folder):
+                sending.add(path)
 
     def produce(
         self,
@@ -265,6 +265,7 @@ class Store:
         inputs: Mapping[str, str],
         write: Callable[[Path], Mapping[str, Any]],
         writers: Writers | None = None,
+        keep: bool = True,
     ) -> Manifest:
         """Make the prefix by ``write(folder) -> metrics`` unless it is finished already; the manifest goes last.
 
@@ -281,21 +282,29 @@ class Store:
             inputs: content id of each input.
             write: fills an empty local folder and returns the headline numbers (they are not part of the content).
             writers: this process among those that write the prefix, if there are several; the first one's numbers count.
+            keep: leave what goes to S3 in the cache, too, so that it need not be fetched where it was made.
 
         Raises:
             StoreError: the prefix was made from other inputs or another configuration.
         """
         config, inputs = canonical(config), canonical(inputs)
-        writers = writers or _Alone()
+        writers = writers or Alone()
         done = self.finished(uri, stage=stage, config=config, inputs=inputs)
         if all(writers.gather(done is not None)):
             return done or self.require(uri)
-        with scratch(self._cache if is_s3(uri) else local_path(uri).parent) as folder:
-            begun = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._stopping_prefetches())
+            folder = stack.enter_context(scratch(self._cache if is_s3(uri) else local_path(uri).parent))
+            sending = self._sending[folder] = stack.enter_context(self._backend(uri).sending(folder, uri))
+            stack.callback(self._sending.pop, folder)
+            begun, waited = time.monotonic(), self.waited()
             metrics = canonical(write(folder))
-            own = [FileInfo(name, path.stat().st_size, sha256_file(path)) for name, path in content_of(folder)]
-            if writers.rank:
-                self._backend(uri).share(folder, uri)
+            content = content_of(folder)
+            for _, path in content:
+                sending.add(path)
+            own = [FileInfo(name, path.stat().st_size, sha256_file(path)) for name, path in content]  # while they go up
+            with self._waiting():
+                sent = sending.wait()
             parts = writers.gather({"folder": str(folder), "files": [[file.name, file.size, file.sha256] for file in own]})
             manifest, published = None, False
             if writers.rank == 0:
@@ -308,13 +317,17 @@ class Store:
                     inputs=inputs,
                     metrics=metrics,
                     seconds=round(time.monotonic() - begun, 3),
+                    seconds_waited=round(self.waited() - waited, 3),
                     created_at=datetime.now(UTC).isoformat(timespec="seconds"),
                     software={"camopd": __version__, "python": platform.python_version()},
                 )
                 (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-                published = self._backend(uri).publish(folder, uri, [Path(part["folder"]) for part in parts[1:]])
+                others = [Path(part["folder"]) for part in parts[1:]]
+                published = sent and self._backend(uri).publish(folder, uri, others)
             writers.gather(None)  # nobody's folder goes before its files are taken
             if manifest and published:
+                if keep and is_s3(uri) and len(parts) == 1:
+                    self._local.publish(folder, str(self._place(manifest.files)))
                 return manifest
         return self.finished(uri, stage=stage, config=config, inputs=inputs) or self.require(uri)
 

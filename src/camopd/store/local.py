@@ -9,7 +9,8 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from camopd.errors import MissingError, StoreError
@@ -17,6 +18,16 @@ from camopd.store.manifest import MANIFEST, FileInfo
 from camopd.store.uris import join
 
 _HIDDEN = ".camopd-"  # first letters of what is being written: not content yet
+
+
+class Staying:
+    """Files that are on the prefix's own file system: ``publish`` moves them."""
+
+    def add(self, path: Path) -> None:
+        pass
+
+    def wait(self) -> bool:
+        return True
 
 
 class LocalBackend:
@@ -50,12 +61,15 @@ class LocalBackend:
                 return False
             return True
 
-    def download(self, uri: str, path: Path) -> None:
-        with explained(uri):
-            shutil.copyfile(local_path(uri), path)
+    def download(self, targets: Mapping[str, Path], stop: threading.Event | None = None) -> Generator[str]:
+        for uri, path in targets.items():
+            with explained(uri):
+                shutil.copyfile(local_path(uri), path)
+            yield uri
 
-    def share(self, folder: Path, uri: str) -> None:
-        """They stay where they are, beside the prefix, until ``publish`` moves them under its lock."""
+    @contextlib.contextmanager
+    def sending(self, folder: Path, uri: str) -> Iterator[Staying]:
+        yield Staying()
 
     def publish(self, folder: Path, uri: str, shared: Sequence[Path] = ()) -> bool:
         root = local_path(uri)

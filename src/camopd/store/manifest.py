@@ -28,7 +28,10 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a stage wrote, and from what. ``content_id`` depends on the files alone; times and rates are in ``metrics``."""
+    """What a stage wrote, and from what. ``content_id`` depends on the files alone; times and rates are in ``metrics``.
+
+    ``seconds_waited`` of ``seconds`` went by while the stage waited for the store.
+    """
 
     stage: str
     content_id: str
@@ -37,6 +40,7 @@ class Manifest:
     inputs: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    seconds_waited: float = 0.0
     created_at: str = ""
     software: Mapping[str, str] = field(default_factory=dict)
 

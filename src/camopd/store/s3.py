@@ -6,7 +6,8 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +29,8 @@ from botocore.exceptions import (
 )
 from botocore.exceptions import ConnectionError as NoConnectionError
 from s3transfer.exceptions import RetriesExceededError
+from s3transfer.manager import TransferManager
+from s3transfer.subscribers import BaseSubscriber
 
 from camopd.errors import MissingError, StoreError
 from camopd.store.local import content_of, explained
@@ -191,29 +194,26 @@ class S3Backend:
             return False
         return self.write(uri, data)
 
-    def download(self, uri: str, path: Path) -> None:
-        address = _address(uri)
-        with explained(str(path)), self._explained(uri), create_transfer_manager(self._client, _TRANSFER) as manager:
-            manager.download(address["Bucket"], address["Key"], str(path)).result()
+    def download(self, targets: Mapping[str, Path], stop: threading.Event | None = None) -> Generator[str]:
+        subscribers = [] if stop is None else [_Stopper(stop)]
+        with create_transfer_manager(self._client, _TRANSFER) as manager:
+            coming = []
+            for uri, path in targets.items():
+                address = _address(uri)
+                coming.append(manager.download(address["Bucket"], address["Key"], str(path), subscribers=subscribers))
+            for (uri, path), future in zip(targets.items(), coming, strict=True):
+                with explained(str(path)), self._explained(uri):
+                    future.result()
+                yield uri
 
-    def share(self, folder: Path, uri: str) -> None:
-        """Objects are visible to all, and count when the manifest names them."""
-        for name, path in content_of(folder):
-            self._upload(path, join(uri, name))
+    @contextlib.contextmanager
+    def sending(self, folder: Path, uri: str) -> Iterator[Uploads]:
+        with create_transfer_manager(self._client, _TRANSFER) as manager:  # cancels what is under way when an error passes
+            yield Uploads(self, manager, folder, uri)
 
     def publish(self, folder: Path, uri: str, shared: Sequence[Path] = ()) -> bool:
         place, manifest, files = join(uri, MANIFEST), (folder / MANIFEST).read_bytes(), content_of(folder)
-        if self.stat(place) is not None:
-            return False
-        try:
-            for name, path in files:
-                self._upload(path, join(uri, name))
-            is_first = self.write(place, manifest, if_absent=True)
-        except StoreError:
-            if self.stat(place) is None:
-                raise
-            is_first = False  # another run has finished the prefix, and aborted what was under way
-        if is_first:
+        if self.write(place, manifest, if_absent=True):
             for name, path in files:
                 if path.stat().st_size >= _TRANSFER.multipart_threshold:
                     self._abort_uploads(join(uri, name))
@@ -238,12 +238,11 @@ class S3Backend:
                 raise
         return True
 
-    def _upload(self, path: Path, uri: str) -> None:
-        """In parts where it is large; a failed upload is aborted by the transfer manager, so that no parts stay behind."""
-        address, size = _address(uri), path.stat().st_size
-        with self._explained(uri), create_transfer_manager(self._client, _TRANSFER) as manager:
-            manager.upload(str(path), address["Bucket"], address["Key"]).result()
-        there = self.stat(uri)
+    def finish_upload(self, future: Any, path: Path, uri: str) -> None:
+        """Wait for an upload. A failed one was aborted by the transfer manager, so that no parts stay behind."""
+        with self._explained(uri):
+            future.result()
+        size, there = path.stat().st_size, self.stat(uri)
         if there is None or there.size != size:
             raise StoreError(f"{uri} has {there.size if there else 'no'} bytes after the upload of {size}; start again")
 
@@ -272,6 +271,46 @@ class S3Backend:
             raise (MissingError if is_missing else StoreError)(f"{uri}: {_refusal(error, known)}") from error
         except (BotoCoreError, RetriesExceededError) as error:
             raise StoreError(f"{uri}: {_failure(error, meta.endpoint_url)}") from error
+
+
+class Uploads:
+    """Files of a folder on their way to a prefix, in parts where they are large."""
+
+    def __init__(self, backend: S3Backend, manager: TransferManager, folder: Path, uri: str) -> None:
+        self._backend, self._manager, self._folder, self._uri = backend, manager, folder, uri
+        self._under_way: dict[Path, Any] = {}
+        self._is_finished: bool | None = None  # by another run, when our first file was there to be sent
+
+    def add(self, path: Path) -> None:
+        if self._is_finished is None:
+            self._is_finished = self._backend.stat(join(self._uri, MANIFEST)) is not None
+        if not self._is_finished and path not in self._under_way:
+            address = _address(self._at(path))
+            self._under_way[path] = self._manager.upload(str(path), address["Bucket"], address["Key"])
+
+    def wait(self) -> bool:
+        try:
+            for path, future in self._under_way.items():
+                self._backend.finish_upload(future, path, self._at(path))
+        except StoreError:
+            if self._backend.stat(join(self._uri, MANIFEST)) is None:
+                raise
+            # Another run has finished the prefix, and aborted what was under way: `publish` compares.
+        return not self._is_finished
+
+    def _at(self, path: Path) -> str:
+        return join(self._uri, path.relative_to(self._folder).as_posix())
+
+
+class _Stopper(BaseSubscriber):
+    """Cancels a transfer between two of its pieces once the event is set."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop = stop
+
+    def on_progress(self, future: Any, bytes_transferred: int, **kwargs: Any) -> None:
+        if self._stop.is_set():
+            future.cancel()
 
 
 def _refusal(error: ClientError, known: Mapping[str, str]) -> str:

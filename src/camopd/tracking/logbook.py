@@ -24,6 +24,7 @@ from camopd import plan as layout
 from camopd.attempts import cut_offs
 from camopd.plan import Plan
 from camopd.rounds import stop_reason
+from camopd.shards import waiting_share
 from camopd.store import Manifest, Store, digest, is_s3, join, parent
 
 MAX_PARAM_LENGTH = 6000  # MLflow cuts a longer parameter without a word
@@ -289,7 +290,10 @@ def _round(plan: Plan, round_number: int, store: Store) -> Facts:
     steps = json.loads(store.read(join(layout.checkpoint_uri(uri), "steps.json")))
     time_ms = _time_ms(stages["train"])
     series, nonfinite_steps, nonfinite_names = step_points(steps, time_ms=time_ms)
-    numbers: dict[str, Any] = {stage: {**done.metrics, "seconds": done.seconds} for stage, done in stages.items()}
+    numbers: dict[str, Any] = {
+        stage: {**waiting_share(done.seconds, done.seconds_waited), **done.metrics, "seconds": done.seconds}
+        for stage, done in stages.items()
+    }
     numbers["token_share"] = token_shares(steps)
     summary, _ = points_of({**numbers, "nonfinite_steps": nonfinite_steps}, step=round_number, time_ms=time_ms)
     tags = {"camopd.round": str(round_number)}
