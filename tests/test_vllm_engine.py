@@ -324,3 +324,28 @@ def test_weights_that_vllm_does_not_take_are_one_clear_error(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 2 * config["intermediate_size"]}))
     with pytest.raises(EngineError, match="vLLM does not start with"):
         start(tmp_path)
+
+
+# --- Several copies -------------------------------------------------------------------------------------------------------
+
+
+def test_two_copies_sample_and_score_as_one_does(engine, tmp_path) -> None:
+    """To vLLM's precision, since other neighbours share a batch; and every process ends, vLLM's own included."""
+    padded_model().save_pretrained(tmp_path)
+    before = vllm_processes()
+    limits = {"vocab_size": SHARED, "batch_size": 8, "batch_tokens": 24, "max_length": MAX_LENGTH, "vllm": SETTINGS}
+    with closing(load_engine("vllm", tmp_path, **limits, replicas=2)) as copies:
+        assert len(vllm_processes() - before) == 4
+        two, one = (sample_all(found, PROMPTS * 8, range(40), top_k=3) for found in (copies, engine))
+        scores = dict(copies.score(PROMPTS * 3, RESPONSES * 3, top_k=3))
+    assert vllm_processes() == before
+    assert sorted(two) == list(range(40))
+    assert sorted(scores) == list(range(15))
+    for index, sample in one.items():
+        assert two[index].token_ids.tolist() == sample.token_ids.tolist()
+        assert two[index].logprobs == pytest.approx(sample.logprobs, abs=1e-4)
+        assert two[index].topk_ids.tolist() == sample.topk_ids.tolist()
+    for index, score in scores.items():
+        exact = exact_logprobs(PROMPTS[index % 5], RESPONSES[index % 5])
+        assert score.logprobs == pytest.approx(of_tokens(exact, RESPONSES[index % 5]), abs=1e-4)
+        assert score.topk_ids.tolist() == exact.topk(3).indices.tolist()

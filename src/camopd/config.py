@@ -116,12 +116,18 @@ class Recipe(Section):
 
     @field_validator("branches")
     @classmethod
-    def _consistent(cls, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
+    def _consistent(cls, branches: tuple[Branch, ...], info: ValidationInfo) -> tuple[Branch, ...]:
         names = [branch.name for branch in branches]
         if len(set(names)) != len(names):
             raise ValueError(f"branch names must differ, got {', '.join(names)}")
         if not any(branch.role == "recover" for branch in branches):
             raise ValueError('no branch has role = "recover": there is nothing to recover')
+        served = [branch.name for branch in branches if branch.is_served]
+        if served and info.data.get("execution") == "colocated":
+            raise ValueError(
+                f"the teacher of branch {served[0]} is served, and execution colocated keeps teachers in its own process: use "
+                "`camopd run`, or give the teacher's folder"
+            )
         if not any(branch.steps for branch in branches if branch.role == "recover"):
             raise ValueError('every branch with role = "recover" has steps = 0: nothing would be recovered')
         return branches
@@ -146,6 +152,11 @@ class Recipe(Section):
                 "engine vllm keeps a model of its own, and execution colocated samples from the one in training: use engine "
                 "transformers, or execution staged"
             )
+        if rollout.replicas > 1 and info.data.get("execution") == "colocated":
+            raise ValueError(
+                f"replicas {rollout.replicas} need the stages: `camopd recover` samples from the one model in training; use "
+                "`camopd run`, or set it to 1"
+            )
         return rollout
 
     @field_validator("score")
@@ -163,6 +174,9 @@ class Recipe(Section):
         rollout = info.data.get("rollout", Rollout())
         if score.signal == "topk" and score.top_k_of == "student" and rollout.engine == "vllm":
             problems.append("top_k_of student needs log-probabilities of given tokens, which engine vllm has not; use teacher")
+        served = [branch.name for branch in branches if branch.is_served]
+        if served and score.signal == "topk" and score.top_k_of == "student":
+            problems.append(f"top_k_of student needs log-probabilities of given tokens, which {served[0]}'s server has not")
         if score.top_k_of == "student" and rollout.sampler == "teacher":
             problems.append("top_k_of student needs answers that the student sampled; use teacher")
         if exact and not (score.signal == "topk" and score.top_k_of == "student"):

@@ -19,6 +19,7 @@ from camopd.errors import InputError, Problem, UnhealthyRunError
 from camopd.gate import decide
 from camopd.plan import Plan
 from camopd.progress import Progress
+from camopd.recipe.served import is_served
 from camopd.records import write_table
 from camopd.rounds import stop_reason
 from camopd.runtime import set_threads
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from camopd.evaluation.harness import Answer
     from camopd.evaluation.intervals import Estimate, Interval
+    from camopd.evaluation.served import ServedTeacher
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples.parquet"
@@ -275,14 +277,26 @@ def load_tokenizer(plan: Plan, store: Store) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def served_teacher(plan: Plan, uri: str, store: Store) -> ServedTeacher:
+    """A teacher that answers from its server; its head and layers are no concern of the evaluation's."""
+    from transformers import AutoConfig
+
+    from camopd.evaluation.served import ServedTeacher
+    from camopd.rollout import connect_teacher
+
+    base = store.fetch(plan.weights(plan.recipe.student, store).base)
+    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    return ServedTeacher(connect_teacher(plan, uri), config, plan.eos_ids)
+
+
 def answer_all(plan: Plan, models: list[Contestant], store: Store) -> tuple[Answers, dict[str, Any]]:
     """Every model's answers to every task, under the same settings; and those settings."""
     from camopd.evaluation.harness import Harness, open_tasks, quiet
     from camopd.lora import load_weights
 
-    def load(uri: str) -> PreTrainedModel:
+    def load(uri: str) -> PreTrainedModel | ServedTeacher:
         with quiet():
-            return load_weights(plan.weights(uri, store), store)
+            return served_teacher(plan, uri, store) if is_served(uri) else load_weights(plan.weights(uri, store), store)
 
     recipe, chosen = plan.recipe, plan.recipe.evaluate
     names = [task for branch in recipe.branches for task in branch.tasks]

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from camopd import plan as layout
-from camopd.attempts import TERMINATED, attempt, cut_offs, remedy, silent_stages
+from camopd.attempts import TERMINATED, attempt, cut_offs, heeding_sigterm, remedy, silent_stages
 from camopd.config import load_recipe
 from camopd.errors import CamopdError, UnhealthyRunError
 from camopd.evaluate import EVALUATION, REPORT, evaluation_uri, headline_table
@@ -39,12 +39,15 @@ class Recorded(contextlib.AbstractContextManager[None]):
         output_uri: prefix that the stage writes; once it is finished, the record is out of date.
         store: where to write.
         round_number: the round, where the stage belongs to one: an unhealthy one stops the run.
+        told: whether begin and end are written down; not those of a stage that only looks again once it has done its work.
     """
 
-    def __init__(self, run_uri: str, *, stage: str, output_uri: str, store: Store, round_number: int = 0) -> None:
+    def __init__(
+        self, run_uri: str, *, stage: str, output_uri: str, store: Store, round_number: int = 0, told: bool = True
+    ) -> None:
         self._run_uri, self._stage, self._output_uri, self._store = run_uri, stage, output_uri, store
         self._round_number = round_number
-        self._attempt = attempt(run_uri, stage, output_uri, store)
+        self._attempt = attempt(run_uri, stage, output_uri, store) if told else heeding_sigterm()
 
     def __enter__(self) -> None:
         self._attempt.__enter__()

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from camopd.adapters import Weights, tokenizer_folder, weights_at
 from camopd.config import Branch, Recipe
 from camopd.errors import InputError, Problem
+from camopd.recipe.served import is_served
 from camopd.store import Store, digest, join, parent
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def training_config(recipe: Recipe, content_ids: dict[str, str]) -> dict[str, An
         "train",
     }
     config = recipe.model_dump(mode="json", include=shaping)
+    config["rollout"] = recipe.rollout.model_dump(mode="json", exclude=set(recipe.rollout.HOW))
     config["train"] = recipe.train.shaping()
     if recipe.rollout.engine == "vllm":
         config["vllm"] = {"dtype": recipe.vllm.dtype}
@@ -121,6 +123,7 @@ class Plan:
         template_id: digest of the chat template and its switches; a stage that finds another refuses to start.
         max_prompt_tokens: longest prompt that leaves room for the response in every model.
         warnings: sentences for the report.
+        served: what each served teacher said of a fixed text, by content id (camopd.inputs.served).
     """
 
     run_uri: str
@@ -133,10 +136,12 @@ class Plan:
     template_id: str
     max_prompt_tokens: int
     warnings: tuple[str, ...] = field(default_factory=tuple)
+    served: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The part that never changes in a run: everything but the recipe and the place."""
-        record = {k: v for k, v in asdict(self).items() if k not in ("run_uri", "recipe")}
+        without = {"run_uri", "recipe"} | ({"served"} if not self.served else set())
+        record = {k: v for k, v in asdict(self).items() if k not in without}
         return json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -193,6 +198,8 @@ class Plan:
         Raises InputError for another adapter whose base nobody names; `prepare` has asked.
         """
         base = self.recipe.base
+        if is_served(uri):
+            return Weights(uri)
         if uri.startswith(f"{self.run_uri}/"):
             base = weights_at(self.recipe.student, store, base).base
         return weights_at(uri, store, base)

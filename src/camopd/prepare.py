@@ -11,8 +11,10 @@ from typing import Any
 
 from camopd.adapters import content_id, weights_at
 from camopd.config import Branch, Recipe, cautions
-from camopd.errors import InputError, Problem, StoreError
+from camopd.errors import EngineError, InputError, Problem, StoreError
+from camopd.inputs.served import Probe, ServedModel, check_same, examine, records
 from camopd.plan import TEMPLATE, Plan, plan_uri, run_id, training_config
+from camopd.recipe.served import is_served
 from camopd.store import Store
 from camopd.store.uris import join
 
@@ -29,15 +31,17 @@ def run(recipe: Recipe, *, store: Store) -> Plan:
         store: where the inputs lie and the run is written.
 
     Raises:
-        InputError: every problem found; none of them needs a model to be loaded.
+        InputError: every problem found; none of them needs a model to be loaded. Served teachers are asked.
         StoreError: the store fails while the run is written.
     """
-    content_ids, problems = resolve(recipe, store)
+    served, faults = examine(recipe, store)
+    content_ids, problems = resolve(recipe, store, {location: model.content_id for location, model in served.items()})
+    problems += faults
     problems += check_output(recipe.output, store)
     problems += check_evaluation(recipe, content_ids, store)
 
     def write(folder: Path) -> dict[str, Any]:
-        return _write_plan(folder, recipe, content_ids, problems, store)
+        return _write_plan(folder, recipe, content_ids, problems, store, served)
 
     if problems:  # look for the others, too, and raise
         with tempfile.TemporaryDirectory(prefix="camopd-") as scratch:
@@ -47,12 +51,19 @@ def run(recipe: Recipe, *, store: Store) -> Plan:
     store.produce(plan_uri(run_uri), stage="prepare", config=config, inputs=content_ids, write=write)
     store.write(join(run_uri, "recipe.json"), (recipe.model_dump_json(indent=1) + "\n").encode())
     plan = Plan.load(store, run_uri)
+    check_served(plan, served)
     store.write(join(run_uri, "settings.md"), settings_markdown(plan).encode())
     return plan
 
 
-def resolve(recipe: Recipe, store: Store) -> tuple[dict[str, str], list[Problem]]:
-    """Content id of every input, and the inputs that are not there. A location used twice is read once."""
+def resolve(recipe: Recipe, store: Store, served: Mapping[str, str] | None = None) -> tuple[dict[str, str], list[Problem]]:
+    """Content id of every input, and the inputs that are not there. A location used twice is read once.
+
+    Args:
+        recipe: the recipe.
+        store: where the inputs lie.
+        served: content ids of the teachers that are served, by address; what is wrong with others has been said.
+    """
     wanted = {"student": ("student", recipe.student)}
     for branch in recipe.branches:
         where = f"branches.{branch.name}"
@@ -61,11 +72,11 @@ def resolve(recipe: Recipe, store: Store) -> tuple[dict[str, str], list[Problem]
             wanted[f"prompts/{branch.name}"] = (f"{where}.prompts", branch.prompts)
     if recipe.prompts.chat_template:
         wanted["chat_template"] = ("prompts.chat_template", recipe.prompts.chat_template)
-    known: dict[str, str] = {}
+    known = dict(served or {})
     bases: dict[str, str] = {}
     problems: dict[str, Problem] = {}
     for key, (where, uri) in wanted.items():
-        if uri in known or uri in problems:
+        if uri in known or uri in problems or is_served(uri):
             continue
         try:
             if not key.startswith(("prompts/", "chat_template")):
@@ -84,6 +95,20 @@ def resolve(recipe: Recipe, store: Store) -> tuple[dict[str, str], list[Problem]
     ids = {key: known[uri] for key, (_, uri) in wanted.items() if uri in known}
     ids |= {f"{key}/base": bases[uri] for key, (_, uri) in wanted.items() if uri in bases}
     return ids, list(problems.values())
+
+
+def check_served(plan: Plan, served: Mapping[str, ServedModel]) -> None:
+    """Raises InputError for a server whose model is not the one that the plan was made with."""
+    problems = []
+    for branch in plan.recipe.branches:
+        model = served.get(plan.teacher_uri(branch))
+        try:
+            if model is not None:
+                check_same(plan.teacher_uri(branch), Probe.from_record(plan.served[model.content_id]), model.probe)
+        except EngineError as error:
+            problems.append(Problem(f"branches.{branch.name}.teacher", str(error)))
+    if problems:
+        raise InputError(problems)
 
 
 def check_output(output: str, store: Store) -> list[Problem]:
@@ -144,7 +169,12 @@ def find_overlap(path: Path, branch: Branch, items: Mapping[bytes, str]) -> list
 
 
 def _write_plan(
-    folder: Path, recipe: Recipe, content_ids: Mapping[str, str], earlier: list[Problem], store: Store
+    folder: Path,
+    recipe: Recipe,
+    content_ids: Mapping[str, str],
+    earlier: list[Problem],
+    store: Store,
+    served: Mapping[str, ServedModel],
 ) -> dict[str, Any]:
     """Fill the plan's folder; returns the headline numbers. Raises InputError with the earlier problems and all new ones."""
     from camopd.inputs.preflight import (
@@ -162,7 +192,7 @@ def _write_plan(
         found.warnings.append(f"base: no model of the recipe is an adapter, so {recipe.base} is not used")
     with tempfile.TemporaryDirectory(prefix="camopd-") as scratch:
         models = check_models(_models(recipe, content_ids), store, Path(scratch), found, recipe)
-        limit = check_fit(recipe, models, found)
+        limit = check_fit(recipe, models, found, {location: model.max_length for location, model in served.items()})
         encoder = make_encoder(recipe, models, store, found)
         found.problems += check_teacher_prompts(recipe, models, encoder)
         paths = {b.name: store.fetch(b.prompts) for b in recipe.branches if f"prompts/{b.name}" in content_ids}
@@ -182,6 +212,7 @@ def _write_plan(
         template_id=encoder.template_id,
         max_prompt_tokens=limit,
         warnings=tuple(found.warnings),
+        served=records(served),
     )
     (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
     if encoder.template is not None:
@@ -200,7 +231,8 @@ def _models(recipe: Recipe, content_ids: Mapping[str, str]) -> dict[str, str]:
     named = {"student": recipe.student} if "student" in content_ids else {}
     for branch in recipe.branches:
         uri = recipe.teacher(branch)
-        if uri != recipe.student and uri not in named.values() and f"teacher/{branch.name}" in content_ids:
+        known = uri == recipe.student or uri in named.values() or branch.is_served
+        if not known and f"teacher/{branch.name}" in content_ids:
             named[f"branches.{branch.name}.teacher"] = uri
     return named
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from camopd import plan as layout
 from camopd import propose
@@ -16,11 +16,15 @@ from camopd.engines.shared import open_engines
 from camopd.errors import UnhealthyRunError
 from camopd.plan import Plan
 from camopd.progress import Progress
+from camopd.recipe.served import is_served
 from camopd.records import PromptTable, read_table, write_table
 from camopd.runtime import set_threads
 from camopd.schedule import Schedule, prompt_slice, seed_of, share_slice
 from camopd.shards import Shard, finished_parts, joined, joined_rates, key_of, part_config, rates, shard_uri
 from camopd.store import Manifest, Store, join
+
+if TYPE_CHECKING:
+    from camopd.engines.remote import RemoteEngine
 
 Row = dict[str, Any]
 TABLE = "rollouts.parquet"
@@ -311,7 +315,8 @@ def write_samples(folder: Path, rows: Sequence[Row], plan: Plan) -> dict[str, An
 
 def sampling_config(recipe: Recipe) -> dict[str, Any]:
     """The settings that shape a round's samples."""
-    config = recipe.rollout.model_dump(mode="json") | {"seed": recipe.seed, "steps_per_round": recipe.steps_per_round}
+    config = recipe.rollout.model_dump(mode="json", exclude=set(recipe.rollout.HOW))
+    config |= {"seed": recipe.seed, "steps_per_round": recipe.steps_per_round}
     return config | {"cycle": Schedule.of(recipe).cycle, "top_k": recipe.score.top_k if asks_student(recipe) else 0}
 
 
@@ -336,11 +341,23 @@ def models(plan: Plan, number: int) -> dict[str, list[str]]:
 
 
 def over_one_base(plan: Plan, uris: Iterable[str], store: Store) -> list[list[str]]:
-    """The models in groups that share their weights: adapters of one base, and the base itself."""
+    """The models in groups that share their weights: adapters of one base, and the base itself. Copies have one model each."""
+    if plan.recipe.rollout.replicas > 1:
+        return [[uri] for uri in uris]
     groups: dict[str, list[str]] = {}
     for uri in uris:
         groups.setdefault(plan.weights(uri, store).base, []).append(uri)
     return list(groups.values())
+
+
+def connect_teacher(plan: Plan, uri: str) -> RemoteEngine:
+    """The engine of a served teacher, which is still the one that the plan was made with."""
+    from camopd.inputs.served import Probe, connect
+
+    names = [branch.name for branch in plan.recipe.branches if plan.teacher_uri(branch) == uri]
+    expected = Probe.from_record(plan.served[plan.content_ids[f"teacher/{names[0]}"]])
+    longest = plan.max_prompt_tokens + plan.recipe.rollout.max_new_tokens
+    return connect(uri, plan.recipe, vocab_size=plan.vocab_size, longest=longest, expected=expected)
 
 
 @contextmanager
@@ -354,9 +371,15 @@ def engine_at(plan: Plan, uri: str, store: Store) -> Iterator[Engine]:
 def engines_at(plan: Plan, uris: Iterable[str], store: Store) -> Iterator[dict[str, Engine]]:
     """The recipe's engine with several models over one base, by location, closed at the end."""
     recipe = plan.recipe
+    uris = list(uris)
+    if is_served(uris[0]):
+        with closing(connect_teacher(plan, uris[0])) as remote:
+            yield {uris[0]: remote}
+        return
     for place in plan.places(uris, store):
         store.prefetch(place)
-    import_engine(recipe.rollout.engine)
+    if recipe.rollout.replicas == 1:  # copies import it each for itself
+        import_engine(recipe.rollout.engine)
     weights = {uri: plan.weights(uri, store) for uri in uris}
     (base,) = {own.base for own in weights.values()}
     with open_engines(
@@ -368,5 +391,6 @@ def engines_at(plan: Plan, uris: Iterable[str], store: Store) -> Iterator[dict[s
         batch_tokens=recipe.score.batch_tokens,
         max_length=plan.max_prompt_tokens + recipe.rollout.max_new_tokens,
         vllm=recipe.vllm,
+        replicas=recipe.rollout.replicas,
     ) as engines:
         yield engines

@@ -230,7 +230,7 @@ def promote(run_uri: str, *, store: Store | None = None) -> Done:
 
     store = store or Store()
     tracker = _tracker(run_uri, store)
-    with Recorded(run_uri, stage="promote", output_uri=join(run_uri, "release"), store=store):
+    with Recorded(run_uri, stage="promote", output_uri=join(run_uri, "release"), store=store, told=False):
         release = asdict(stage.run(run_uri, store=store, tracker=tracker))
     tracking.sync(run_uri, store=store, tracker=tracker)
     return Done(run_uri, document=json.dumps(release, indent=1, ensure_ascii=False) + "\n", release=release)

@@ -15,6 +15,7 @@ import torch
 from camopd import plan as layout
 from camopd.errors import UnhealthyRunError
 from camopd.failures import failure_of, failure_uri
+from camopd.partial import partial_uri
 from camopd.store import Store, join
 from tests.integration.runs import ROOT, environment
 from tests.integration.scored import STEPS, copied, scored_run, trained
@@ -74,8 +75,8 @@ def test_torchrun_makes_what_camopd_train_makes(scored, by_two, tmp_path) -> Non
 
 
 def test_two_nodes_that_share_the_store_alone(scored, by_two, s3_server, s3_prefix, tmp_path) -> None:
-    """Each with a cache of its own, so that every part of the checkpoint goes through the store."""
-    run = Path(layout.run_and_round(copied(scored, tmp_path / "run"))[0])
+    """Each with a cache of its own, so that every part of the checkpoints, inside the round, too, goes through the store."""
+    run = Path(layout.run_and_round(copied(scored, tmp_path / "run", checkpoint_every=5))[0])
     bucket, _, key = s3_prefix.removeprefix("s3://").partition("/")
     for path in (path for path in run.rglob("*") if path.is_file()):
         s3_server.client().upload_file(str(path), bucket, f"{key}/run/{path.relative_to(run).as_posix()}")
@@ -93,6 +94,8 @@ def test_two_nodes_that_share_the_store_alone(scored, by_two, s3_server, s3_pref
     assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:] + said[1][-2000:]
     assert content(round_uri) == content(by_two)
     assert not Store().verify(layout.checkpoint_uri(round_uri), deep=True)
+    assert Store().require(layout.checkpoint_uri(round_uri)).metrics["checkpoint_seconds"] > 0
+    assert not Store().list(partial_uri(round_uri))
 
 
 def test_a_process_that_fails_leaves_word_and_the_next_attempt_forgets_it(scored, tmp_path) -> None:

@@ -160,8 +160,9 @@ def test_one_whose_making_was_answered_by_a_broken_connection_is_followed(api, t
 @pytest.fixture
 def sigterm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Sends this process SIGTERM, whose way out would end it for certain after some seconds."""
-    monkeypatch.setattr(attempts, "CLEAN_UP", 3600.0)
+    monkeypatch.setattr(attempts, "CLEAN_UP", 3600)
     yield lambda: os.kill(os.getpid(), signal.SIGTERM)
+    signal.alarm(0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

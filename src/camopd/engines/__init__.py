@@ -129,10 +129,8 @@ def sample_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 def import_engine(name: str) -> None:
     """Do the imports of an engine, which take seconds: its weights may come meanwhile."""
-    if name == "transformers":
-        import_module("camopd.engines.transformers")
-    elif find_spec(name) is not None:
-        import_module(name)
+    if find_spec(name) is not None:  # what is not installed is said where the engine is loaded
+        import_module(f"camopd.engines.{name}")  # ours, which sets what vLLM reads when it is imported
 
 
 def load_engine(
@@ -146,6 +144,7 @@ def load_engine(
     vllm: VLLM | None = None,
     adapter: Path | None = None,
     adapters: Sequence[Path] = (),
+    replicas: int = 1,
 ) -> Engine:
     """The engine of that name with the model at ``path``; heavy imports happen here.
 
@@ -159,30 +158,38 @@ def load_engine(
         vllm: the recipe's table of that name; None is its defaults.
         adapter: local folder of a LoRA adapter that the model is to have.
         adapters: those that vLLM is to have at hand (``camopd.engines.shared``).
+        replicas: copies of the model in processes of their own, which share the work; each has its own GPUs.
 
     Raises:
         ValueError: an engine that does not exist.
-        InputError: a model that the engine does not take, or an engine that is not installed.
+        InputError: a model that the engine does not take, an engine that is not installed, or fewer GPUs than needed.
         EngineError: vLLM does not start.
     """
-    limits = {"vocab_size": vocab_size, "batch_size": batch_size, "batch_tokens": batch_tokens}
+    if name not in ("transformers", "vllm"):
+        raise ValueError(f"rollout.engine {name!r} is not known; use transformers or vllm")
+    if name == "vllm" and find_spec("vllm") is None:
+        what, fix = "vLLM is not installed here", "run this stage in the inference environment, or use transformers"
+        raise InputError([Problem("rollout.engine", what, fix)])
+    from camopd.config import VLLM
+
+    limits, settings = {"vocab_size": vocab_size, "batch_size": batch_size, "batch_tokens": batch_tokens}, vllm or VLLM()
+    if replicas > 1:
+        from camopd.engines.replicas import Replicas
+
+        place = {"path": str(path), "adapter": str(adapter) if adapter else None}
+        engine = {"name": name, **place, "max_length": max_length, "vllm": settings.model_dump(mode="json")}
+        return Replicas(replicas, settings.tensor_parallel_size if name == "vllm" else 1, engine | limits)
     if name == "transformers":
         from camopd.engines.shared import engines_over
         from camopd.engines.transformers import load_model
 
         return engines_over(load_model(path), {"": adapter}, **limits)[""]
-    if name == "vllm":
-        if find_spec("vllm") is None:
-            what, fix = "vLLM is not installed here", "run this stage in the inference environment, or use transformers"
-            raise InputError([Problem("rollout.engine", what, fix)])
-        from camopd.config import VLLM
-        from camopd.engines.vllm import VllmEngine
+    from camopd.engines.vllm import VllmEngine
 
-        at_hand = (adapter,) if adapter else adapters
-        engine = VllmEngine(path, **limits, max_length=max_length, settings=vllm or VLLM(), adapters=at_hand)
-        if adapter is None:
-            return engine
-        from camopd.engines.vllm_lora import VllmAdapter
+    at_hand = (adapter,) if adapter else adapters
+    served = VllmEngine(path, **limits, max_length=max_length, settings=settings, adapters=at_hand)
+    if adapter is None:
+        return served
+    from camopd.engines.vllm_lora import VllmAdapter
 
-        return VllmAdapter(engine, 1, adapter)
-    raise ValueError(f"rollout.engine {name!r} is not known; use transformers or vllm")
+    return VllmAdapter(served, 1, adapter)

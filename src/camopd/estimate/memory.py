@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from camopd.config import Recipe
 from camopd.estimate.assumptions import Assumptions
@@ -108,42 +108,78 @@ def score_memory(shape: ModelShape, recipe: Recipe, given: Assumptions) -> Memor
     return fitted(weights, whole, given.usable_bytes, divisible=divisible)
 
 
-def train_parts(shape: ModelShape, recipe: Recipe, given: Assumptions) -> tuple[dict[str, float], dict[str, float]]:
-    """What an update holds: divided by FSDP, and on each GPU.
-
-    Divided: the state, 16 P; gradients stay from one micro-batch to the next. With ``train.lora`` 4 P, and 16 bytes for each
-    parameter of the adapter; nothing else then has a gradient. On each, for a micro-batch of T tokens:
+def passing_parts(shape: ModelShape, recipe: Recipe, given: Assumptions) -> dict[str, float]:
+    """What a micro-batch of T tokens holds on its GPU while the backward pass is at its largest, but for copies of weights.
 
     - activations: T (N s + o) without and T (N w D + o) with checkpointing (s and o: ``saved_bytes`` and ``outer_bytes``), and
       four times the hidden states, T 4 w D: at the loss, their gradients, and both where a layer begins its backward pass;
-    - working: what a layer needs while it goes backward, T w I, with checkpointing T s more; or the loss's logits, which are
-      gone by then, if they are larger;
-    - head gradient: the loss's gradient of the output layer, V D w;
-    - gathered: in bfloat16 a copy of the parameters outside the layers, and of two layers with their gradients, as FSDP does.
+    - working: what a layer needs while it goes backward, T w I, with checkpointing T s more; or, if it is larger, what the loss
+      needs: its logits and the output layer's gradient in float32, or that gradient while it is rounded;
+    - head gradient: the loss's gradient of the output layer, V D w.
     """
     width, tokens = given.width, micro_batch(recipe.train.batch_tokens, recipe)
     layer, residual, inner = shape.saved_bytes(width), width * shape.hidden, width * shape.intermediate
     kept, again = (shape.layers * residual, layer) if given.checkpointing else (shape.layers * layer, 0)
-    lora = recipe.train.lora
-    gathered = width * (shape.outside + (4 if lora is None else 2) * shape.block) if width < FLOAT32 else 0
-    whole = {
+    head, exact = width * shape.head, FLOAT32 * shape.head
+    if recipe.train.lora is not None:  # the output layer is frozen
+        head = exact = 0
+    loss = max(LOSS * recipe.train.logits_mib * MIB + exact - head, exact if width < FLOAT32 else 0)
+    found = {
         "activations": float(tokens * (kept + shape.outer_bytes(width) + 4 * residual)),
-        "working": float(max(tokens * (again + inner), LOSS * recipe.train.logits_mib * MIB)),
-        "head gradient": float(width * shape.head) if lora is None else 0.0,
-        "gathered": float(gathered),
+        "working": float(max(tokens * (again + inner), loss)),
+        "head gradient": float(head),
     }
-    state = STATE * shape.parameters if lora is None else FROZEN * shape.parameters + STATE * shape.adapter(lora)
-    return {"state": float(state)}, {name: size for name, size in whole.items() if size}
+    return {name: size for name, size in found.items() if size}
+
+
+def train_parts(shape: ModelShape, recipe: Recipe, given: Assumptions) -> tuple[dict[str, float], dict[str, float]]:
+    """What an update holds: divided by FSDP, and on each GPU.
+
+    Divided: the state, 16 P; gradients stay from one micro-batch to the next. With ``train.lora`` 4 P, and 16 bytes for each
+    parameter of the adapter; nothing else then has a gradient. On each, whichever is larger:
+
+    - ``passing_parts``, and gathered: the parameters outside the layers, and two layers with their gradients;
+    - at the end, when the activations are gone, last gradients: those of the parameters outside the layers as they were made,
+      w, and in float32 to be summed over the GPUs. (With two GPUs, or a tied output layer, up to a fifth more.)
+    """
+    width, lora = given.width, recipe.train.lora
+    layers = 4 if lora is None else 2
+    passing = passing_parts(shape, recipe, given) | {"gathered": float(width * (shape.outside + layers * shape.block))}
+    if lora is not None:
+        return {"state": float(FROZEN * shape.parameters + STATE * shape.adapter(lora))}, passing
+    ending = {"last gradients": float((FLOAT32 + width) * shape.outside)}
+    return {"state": float(STATE * shape.parameters)}, _larger(passing, ending)
+
+
+def alone_parts(shape: ModelShape, recipe: Recipe, given: Assumptions) -> dict[str, float]:
+    """What an update holds beside its state on one GPU alone, which needs no FSDP (student.py).
+
+    In bfloat16 there is a rounded copy of all parameters, P w, whose gradients are widened to float32 at the very end: all of
+    them wait for that, P w, and the largest one is there in either type. Frozen ones have none.
+    """
+    passing = passing_parts(shape, recipe, given)
+    if given.width == FLOAT32:
+        return passing
+    rounded = {"rounded weights": float(given.width * shape.parameters)}
+    if recipe.train.lora is not None:
+        return rounded | passing
+    ending = {"their gradients": float(given.width * shape.parameters), "last gradient": float(FLOAT32 * shape.head)}
+    return rounded | _larger(passing, ending)
+
+
+def _larger(*parts: Mapping[str, float]) -> dict[str, float]:
+    largest: Mapping[str, float] = max(parts, key=lambda part: sum(part.values()))
+    return dict(largest)
 
 
 def train_memory(shape: ModelShape, recipe: Recipe, given: Assumptions) -> Memory:
-    """See ``train_parts``. One GPU alone has no FSDP that gathers: in bfloat16 it holds a copy of all parameters, P w."""
+    """See ``train_parts``, and ``alone_parts`` where one GPU is enough."""
     state, whole = train_parts(shape, recipe, given)
+    alone = Memory(state, alone_parts(shape, recipe, given), 1)
+    if alone.on_each(1) <= given.usable_bytes:
+        return alone
     held = fitted(state, whole, given.usable_bytes)
-    if held.gpus != 1 or "gathered" not in whole:
-        return held
-    alone = Memory(state, whole | {"gathered": float(given.width * shape.parameters)}, 1)
-    return alone if alone.on_each(1) <= given.usable_bytes else Memory(state, whole, 2)
+    return replace(held, gpus=2) if held.gpus == 1 else held
 
 
 def colocated_memory(student: ModelShape, teachers: Mapping[str, ModelShape], recipe: Recipe, given: Assumptions) -> Memory:
@@ -163,7 +199,7 @@ def colocated_memory(student: ModelShape, teachers: Mapping[str, ModelShape], re
     sampling = rollout_memory(student, recipe, given)
     cache = {name: size for name, size in {**sampling.sharded, **sampling.whole}.items() if name != "weights"}
     scoring = [score_memory(shape, recipe, given).whole for shape in teachers.values()]
-    largest = max([training, cache, *scoring], key=lambda parts: sum(parts.values()))
+    largest = _larger(training, cache, *scoring)
     sharded = state | {"teachers": judges}
     if given.refills(recipe):
         sharded["sampling copy"] = float(student.parameters * width)

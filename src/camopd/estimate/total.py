@@ -150,13 +150,15 @@ def stage_memory(
         places = {branch.name: recipe.teacher(branch) for branch in recipe.branches if branch.steps}
         teachers = {place: shapes[name] for name, place in places.items() if place not in held}
         return {"recover": colocated_memory(shapes[STUDENT], teachers, recipe, given)}
-    samplers = {sampler_of(recipe, shapes, name) for name in samples}
-    judges = {shapes[name] for name in samples}
-    return {
-        "rollout": rollout_memory(max(samplers, key=lambda shape: shape.parameters), recipe, given),
-        "score": score_memory(max(judges, key=lambda shape: shape.parameters), recipe, given),
-        "train": train_memory(shapes[STUDENT], recipe, given),
-    }
+    here = [name for name in samples if not recipe.branch(name).is_served]  # a served teacher is on somebody else's GPUs
+    samplers = {sampler_of(recipe, shapes, name) for name in (here if recipe.rollout.sampler == "teacher" else samples)}
+    judges = {shapes[name] for name in here}
+    found = {"train": train_memory(shapes[STUDENT], recipe, given)}
+    if judges:
+        found = {"score": score_memory(max(judges, key=lambda shape: shape.parameters), recipe, given)} | found
+    if samplers:
+        found = {"rollout": rollout_memory(max(samplers, key=lambda shape: shape.parameters), recipe, given)} | found
+    return found
 
 
 def stage_work(
@@ -175,11 +177,13 @@ def stage_work(
         decoder = memory.get("rollout") or rollout_memory(sampler, recipe, given)
         together = sequences_together(sampler, recipe, count, own, decoder, given)
         judge = shapes[name] if recipe.score.signal == "full" else None
-        found += [
-            rollout_work(sampler, recipe, name, count, own, together, given),
-            score_work(shapes[name], name, count, own, given),
-            train_work(shapes[STUDENT], name, count, own, given, judge=judge, frozen=recipe.train.lora is not None),
-        ]
+        served = recipe.branch(name).is_served
+        if not (served and recipe.rollout.sampler == "teacher"):
+            found.append(rollout_work(sampler, recipe, name, count, own, together, given))
+        if not served:
+            found.append(score_work(shapes[name], name, count, own, given))
+        frozen = recipe.train.lora is not None
+        found.append(train_work(shapes[STUDENT], name, count, own, given, judge=judge, frozen=frozen))
     stages = [
         replace(stage, gpus=_together(stage.name, (memory.get(stage.name) or memory["recover"]).gpus, recipe))
         for stage in sorted(found, key=lambda stage: ("rollout", "score", "train").index(stage.name))
@@ -188,8 +192,8 @@ def stage_work(
 
 
 def _together(stage: str, gpus: int | None, recipe: Recipe) -> int | None:
-    """GPUs that a stage works on at once: of a pod, times the shards that share the stage."""
-    return gpus * recipe.shards if gpus and stage in ("rollout", "score") else gpus
+    """GPUs that a stage works on at once: of a copy of the model, times a pod's copies, times the shards that share it."""
+    return gpus * recipe.rollout.replicas * recipe.shards if gpus and stage in ("rollout", "score") else gpus
 
 
 def advice(recipe: Recipe, shapes: Mapping[str, ModelShape], found: Estimate, given: Assumptions) -> list[str]:

@@ -105,7 +105,8 @@ def train_flops(
     shape: ModelShape, tokens: float, pairs: float, predicted: float, *, checkpointing: bool, frozen: bool = False
 ) -> float:
     """Forward and backward pass of an update: matrices 3 times the forward, attention 3.5 times, and each once more with
-    checkpointing; the output layer 3 times, since the chunked loss computes nothing twice (losses.py).
+    checkpointing; the output layer 3 times, since the chunked loss computes nothing twice (losses.py). torch stops short of
+    each layer's last product when it computes again, I D of its matrices, which is counted here all the same.
 
     Frozen under an adapter, matrices and output layer have no gradient of their own: once less. The adapter is left out.
     """
@@ -124,7 +125,7 @@ def sequences_together(
     """Sequences that one copy of the model decodes together: ``rollout.batch_size``, but no more than the branch samples at
     once and than the memory holds: of the longest, or, where the engine refills, of prompt + response / 2 mean tokens."""
     turns = recipe.num_rounds if recipe.execution == "staged" else num_steps(recipe)
-    wanted = min(recipe.rollout.batch_size, samples / turns)
+    wanted = min(recipe.rollout.batch_size, samples / turns / recipe.rollout.replicas)
     if not given.refills(recipe):
         return min(wanted, max(largest_batch(shape, recipe, given), 1))
     if memory.gpus is None:
@@ -188,11 +189,11 @@ def start_work(recipe: Recipe, active: int, gpus: Mapping[str, int], given: Assu
     Args:
         recipe: the recipe.
         active: scoring tasks of the whole run.
-        gpus: of a pod, by stage.
+        gpus: of a copy of the model, by stage; none where a server does the work.
         given: assumptions.
     """
     rounds = recipe.num_rounds
     counts = {"recover": 1} if recipe.execution == "colocated" else {"rollout": rounds, "score": active, "train": rounds}
-    together = {"rollout": recipe.shards, "score": recipe.shards}
-    waiting = sum(count * gpus[stage] * together.get(stage, 1) for stage, count in counts.items())
+    together = dict.fromkeys(("rollout", "score"), recipe.rollout.replicas * recipe.shards)
+    waiting = sum(count * gpus.get(stage, 0) * together.get(stage, 1) for stage, count in counts.items())
     return Stage("pod starts", "", 0, 0, waiting * given.start_minutes * 60, waiting / sum(counts.values()))

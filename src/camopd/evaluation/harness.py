@@ -1,4 +1,4 @@
-"""The evaluation harness: the only file that imports lm_eval. Heavy imports, so nothing light imports this module."""
+"""The evaluation harness: with served.py the only file that imports lm_eval. Heavy, so nothing light imports this module."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from camopd.errors import InputError, Problem
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from camopd.evaluation.served import ServedTeacher
 
 REASONING_END = "</think>"
 
@@ -118,20 +120,23 @@ class Harness:
         sizes = [len(task.eval_docs) for tasks in self.tasks.values() for task in tasks]
         return sum(min(size, self.limit or size) for size in sizes)
 
-    def evaluate(self, model: PreTrainedModel) -> Iterator[tuple[str, list[Answer]]]:
+    def evaluate(self, model: PreTrainedModel | ServedTeacher) -> Iterator[tuple[str, list[Answer]]]:
         """Each task's name with the model's answers, in the order of the samples."""
         with quiet():
             from lm_eval.models.huggingface import HFLM
 
+            from camopd.evaluation.served import ServedLM, ServedTeacher
+
             vocabulary = self.tokenizer.get_vocab()
-            lm = HFLM(
-                pretrained=model,
-                tokenizer=self.tokenizer,
-                batch_size=self.batch_size,
+            options: dict[str, Any] = {
+                "tokenizer": self.tokenizer,
+                "batch_size": self.batch_size,
                 # Not its own enable_thinking, which refuses templates and tasks that get along with it.
-                chat_template_args={} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking},
-                think_end_token=REASONING_END if REASONING_END in vocabulary else None,
-            )
+                "chat_template_args": {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking},
+                "think_end_token": REASONING_END if REASONING_END in vocabulary else None,
+            }
+            served = ServedLM(model, **options) if isinstance(model, ServedTeacher) else None
+            lm = served or HFLM(pretrained=model, **options)
         for name, tasks in self.tasks.items():
             yield name, [answer for task in tasks for answer in self._answers(lm, task, prefix=len(tasks) > 1)]
 

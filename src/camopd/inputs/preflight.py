@@ -127,18 +127,18 @@ def check_models(named: Mapping[str, str], store: Store, scratch: Path, found: F
     return models
 
 
-def check_fit(recipe: Recipe, models: Models, found: Findings) -> int:
-    """Longest prompt in tokens that leaves room for the response in every model."""
-    shortest = min((facts for facts in models.all if facts.max_length), key=lambda facts: facts.max_length or 0, default=None)
+def check_fit(recipe: Recipe, models: Models, found: Findings, served: Mapping[str, int | None] | None = None) -> int:
+    """Longest prompt in tokens that leaves room for the response in every model; ``served`` are others' longest sequences."""
+    lengths = {facts.uri: facts.max_length for facts in models.all} | dict(served or {})
+    known = {uri: length for uri, length in lengths.items() if length}
     asked, response = recipe.prompts.max_prompt_tokens, recipe.rollout.max_new_tokens
-    if shortest is None or shortest.max_length is None:
+    if not known:
         return asked
-    room = shortest.max_length - response
-    what = (
-        f"{response} response tokens leave {max(room, 0)} for a prompt in the {shortest.max_length} positions of {shortest.uri}"
-    )
+    shortest = min(known, key=lambda uri: known[uri])
+    room = known[shortest] - response
+    what = f"{response} response tokens leave {max(room, 0)} for a prompt in the {known[shortest]} positions of {shortest}"
     if room < 1:
-        found.problems.append(Problem("rollout.max_new_tokens", what, f"set it below {shortest.max_length}"))
+        found.problems.append(Problem("rollout.max_new_tokens", what, f"set it below {known[shortest]}"))
     elif room < asked:
         found.warnings.append(f"{what}, fewer than prompts.max_prompt_tokens {asked}: longer prompts count as overlong")
     return min(room, asked)

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from camopd.recipe.values import TEACHER, Alias, Float, Int, ModelName, Names, PromptSource, TrackingUri, Uri
+from camopd.recipe.served import is_served
+from camopd.recipe.values import TEACHER, Alias, Float, Int, ModelName, Names, PromptSource, Teacher, TrackingUri, Uri
 
 
 class Section(BaseModel):
@@ -21,7 +22,9 @@ class Branch(Section):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,30}$", description="Name in paths, metrics and reports.")
     role: Literal["recover", "retain"] = Field(description="Whether the gate asks for a gain or for no loss.")
-    teacher: Uri | None = Field(None, description="Model that teaches the branch; none means the frozen student.")
+    teacher: Teacher | None = Field(
+        None, description="Model that teaches the branch, or http://host/v1 that serves it; none means the frozen student."
+    )
     prompts: PromptSource = Field(
         description="JSONL with `prompt` or `messages` rows, may be gzipped; `teacher`: it makes up its own."
     )
@@ -50,6 +53,20 @@ class Branch(Section):
             raise ValueError(f'teacher_prompts {share:g} needs a prompt file beside it; with prompts = "teacher" leave it out')
         return share
 
+    @model_validator(mode="after")
+    def _asked_what_it_can_answer(self) -> Branch:
+        if self.is_served and self.teacher_prompts:
+            raise ValueError(
+                f"the teacher {self.teacher} is served, and prompts of its own need its chat template: give a prompt file, or "
+                "the teacher's folder"
+            )
+        return self
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the teacher is somebody's server."""
+        return self.teacher is not None and is_served(self.teacher)
+
     @property
     def has_prompt_file(self) -> bool:
         return self.prompts != TEACHER
@@ -68,12 +85,15 @@ class Prompts(Section):
 class Rollout(Section):
     """Sampling, always at temperature 1 and top-p 1: on-policy."""
 
+    HOW: ClassVar[frozenset[str]] = frozenset({"replicas"})  # leaves the samples as they are
+
     engine: Literal["transformers", "vllm"] = Field("transformers", description="What samples and scores.")
     sampler: Literal["student", "teacher"] = Field("student", description="Who answers; the teacher does in off-policy KD.")
     prompts_per_step: Int = Field(512, ge=1, description="Prompts of one optimiser step.")
     samples_per_prompt: Int = Field(1, ge=1, description="Responses for each prompt.")
     max_new_tokens: Int = Field(32768, ge=1, description="Longest response, in tokens.")
     batch_size: Int = Field(64, ge=1, description="Sequences decoded together.")
+    replicas: Int = Field(1, ge=1, description="Copies of a model in a pod that share sampling and scoring, each on its GPUs.")
     max_length_growth: Float = Field(8.0, gt=1, description="Mean response length against round 1 that stops the run.")
     max_empty_fraction: Float = Field(0.05, ge=0, le=1, description="Share of empty responses that stops the run.")
 

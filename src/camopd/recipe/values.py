@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from camopd.recipe.served import check_served, is_served
 from camopd.store.uris import check_uri
 
 MAX_EXACT_INT = 2**53  # JSON numbers of the KFP API are doubles: a larger integer arrives changed
@@ -52,6 +53,10 @@ def _parsed(text: str, expected: str) -> int | float:
 
 def _uri(value: Any) -> Any:
     return check_uri(value) if isinstance(value, str) else value
+
+
+def _teacher(value: Any) -> Any:
+    return check_served(value) if isinstance(value, str) and is_served(value) else _uri(value)
 
 
 def _prompt_source(value: Any) -> Any:
@@ -109,6 +114,7 @@ def _tracking_uri(text: str) -> str:
 Int = Annotated[int, BeforeValidator(_integer)]
 Float = Annotated[float, BeforeValidator(_number)]
 Uri = Annotated[str, BeforeValidator(_uri)]
+Teacher = Annotated[str, BeforeValidator(_teacher)]
 PromptSource = Annotated[str, BeforeValidator(_prompt_source)]
 Names = Annotated[tuple[Annotated[str, Field(pattern=r"\S")], ...], BeforeValidator(_list)]
 ModelName = Annotated[str, AfterValidator(_model_name)]
