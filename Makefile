@@ -6,8 +6,11 @@ READY := $(VENV)/.ready
 VLLM := .venv-vllm
 GPU := .venv-gpu
 SEED ?= 1
+ENGINE ?= podman
+VARIANT ?= cpu
+BASE ?=
 
-.PHONY: help setup demo seeds test test-fast test-vllm test-gpu bench-gpu lint compile micro clean
+.PHONY: help setup demo seeds test test-fast test-vllm test-gpu bench-gpu lint compile micro locks images demo-containers test-images clean
 help:            ## List the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -48,6 +51,19 @@ compile: $(READY)  ## Write pipelines/recovery.yaml again
 
 micro: $(READY)  ## Make the models, prompts and tasks of examples/micro from nothing
 	$(BIN)/python examples/micro/make.py
+
+locks: $(READY)  ## Write the images' locks again, after a change in constraints.txt or requirements-vllm.txt
+	$(BIN)/python -m images.lock
+
+images: $(READY)  ## Build core, trainer and inference with podman (docs/containers.md): BASE=, VARIANT=cuda, ENGINE=docker
+	@[ "$(ENGINE)" != podman ] || bash scripts/setup_podman.sh
+	$(BIN)/python -m images.build --base "$(BASE)" --variant $(VARIANT) --engine $(ENGINE)
+
+demo-containers: $(READY)  ## `make demo` in containers of the images, as a cluster would run them
+	$(BIN)/python -m pipelines.local recipes/micro.toml --containers --set output=runs/containers --set seed=$(SEED)
+
+test-images: $(READY)  ## What is in the built images, and that the pipeline runs in them
+	CAMOPD_TEST_IMAGES=1 $(BIN)/python -m pytest -m images
 
 clean:           ## Remove what the targets above wrote, the environment included
 	rm -rf $(VENV) $(VLLM) $(GPU) runs .cache build dist

@@ -1,9 +1,9 @@
 from kfp import dsl
 
-from components import component
+from components import model_component
 
 
-@component
+@model_component
 def evaluate(rounds: list[str], headline: dsl.Output[dsl.Metrics], report: dsl.Output[dsl.HTML]) -> str:
     """Evaluate teacher, before and after with the same settings, decide at the gate and write the report.
 

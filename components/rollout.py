@@ -1,9 +1,9 @@
 from kfp import dsl
 
-from components import component
+from components import model_component
 
 
-@component
+@model_component
 def rollout(round_uri: str, headline: dsl.Output[dsl.Metrics]) -> list[str]:
     """Sample the student's answers to the round's prompts, all branches in one load of the model.
 

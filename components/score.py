@@ -1,9 +1,9 @@
 from kfp import dsl
 
-from components import component
+from components import model_component
 
 
-@component
+@model_component
 def score(score_uri: str, headline: dsl.Output[dsl.Metrics]) -> None:
     """Let a branch's teacher score the student's answers.
 

@@ -1,9 +1,9 @@
 from kfp import dsl
 
-from components import component
+from components import model_component
 
 
-@component
+@model_component
 def train(round_uri: str, headline: dsl.Output[dsl.Metrics], job: str = "") -> None:
     """Update the student on the selected answers and write its checkpoint.
 

@@ -15,6 +15,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -30,10 +31,12 @@ from camopd.plan import Plan
 from camopd.recipe.parameters import FORM_FIELDS, ROLE_FIELDS, did_you_mean
 from camopd.store import Store, digest
 from pipelines.board import Board, Tail, clock
+from pipelines.containers import Folders, absolute_form, folders_of, share_database
 
 CACHE = Path(".cache/pipeline")
 LOG = "pipeline.log"
 REGISTRY = "sqlite:///runs/mlflow.db"
+CONTAINERS_REGISTRY = f"sqlite:///{Path('runs/containers/mlflow.db').absolute()}"  # their users may not write the other one
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 KFP_LINE = re.compile(r"\d\d:\d\d:\d\d\.\d+ - [A-Z]+ - ")
 FAILED_TASK = re.compile(r" - ERROR - Task (?P<task>'[^']+') finished with status FAILURE")
@@ -58,12 +61,15 @@ def log_folder(run_uri: str) -> Path:
 # --- Running --------------------------------------------------------------------------------------------------------------
 
 
-def run_pipeline(parameters: Mapping[str, str | bool], folder: Path, board: Board, console: Console) -> bool:
+def run_pipeline(
+    parameters: Mapping[str, str | bool], folder: Path, board: Board, console: Console, containers: Folders | None = None
+) -> bool:
     """Start KFP's local runner, show how far it is until it ends, and say whether every task succeeded."""
     folder.mkdir(parents=True, exist_ok=True)
     progress = folder / "progress.jsonl"
     progress.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pipelines.runner", json.dumps(parameters), str(folder / "kfp")]
+    command += [json.dumps(asdict(containers))] if containers else []
     environment = {**os.environ, "CAMOPD_PROGRESS": str(progress.absolute()), "PYTHONUNBUFFERED": "1"}
     with (
         (folder / LOG).open("w", encoding="utf-8") as log,
@@ -74,6 +80,8 @@ def run_pipeline(parameters: Mapping[str, str | bool], folder: Path, board: Boar
         finally:
             if process.poll() is None:  # interrupted: the stages are its children and go with it
                 os.killpg(process.pid, signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=10)  # a container takes a second to be removed
     return process.returncode == 0
 
 
@@ -130,8 +138,14 @@ def next_commands(recipe: str, seed: int, tracking_uri: str) -> dict[str, str]:
 # --- The command ----------------------------------------------------------------------------------------------------------
 
 
-def recover(recipe: str, assignments: Sequence[str], console: Console) -> None:
+def recover(recipe: str, assignments: Sequence[str], console: Console, *, containers: bool = False) -> None:
     """Prepare here, run the pipeline unless all is done, and show the result.
+
+    Args:
+        recipe: path, URI or name of the recipe.
+        assignments: ``key=value`` for fields of the run form.
+        console: where to show it.
+        containers: run the tasks in containers of their images; what is prepared here can be written by their users.
 
     Raises:
         CamopdError: the input is bad; nothing was started.
@@ -139,14 +153,22 @@ def recover(recipe: str, assignments: Sequence[str], console: Console) -> None:
     """
     store, begun = Store(), time.monotonic()
     parameters = run_form(assignments)
+    if containers:
+        os.umask(0o002)
+        recipe, parameters = absolute_form(recipe, parameters)
     workflow.require_stages(load_recipe(recipe, parameters, store=store))
     # The pipeline begins with the same step; here it says at once what is wrong and whether anything is left to do.
     plan = Plan.load(store, workflow.prepare(recipe, parameters, store=store).uri)
     result, folder = result_of(plan, store), log_folder(plan.run_uri)
+    tracking_uri = plan.recipe.tracking.uri or os.environ["MLFLOW_TRACKING_URI"]
     if result is not None:
         console.print("Everything was done already; nothing was run.")
     else:
-        if not run_pipeline({"input_recipe": recipe, **parameters}, folder, Board(plan.recipe.num_rounds), console):
+        seen = None
+        if containers:
+            seen = folders_of(plan.recipe, recipe, tracking_uri, folder)
+            share_database(tracking_uri)
+        if not run_pipeline({"input_recipe": recipe, **parameters}, folder, Board(plan.recipe.num_rounds), console, seen):
             show_failure(folder / LOG, plan, store, console)
             raise typer.Exit(1)
         result = result_of(plan, store)
@@ -154,7 +176,6 @@ def recover(recipe: str, assignments: Sequence[str], console: Console) -> None:
     assert result is not None, "the pipeline succeeded and left no evaluation"
     print_result(result, plan, console)
     console.print("Next:")
-    tracking_uri = plan.recipe.tracking.uri or os.environ["MLFLOW_TRACKING_URI"]
     for command, purpose in next_commands(recipe, plan.recipe.seed, tracking_uri).items():
         console.print(f"  {command}\n      {purpose}")
 
@@ -162,13 +183,14 @@ def recover(recipe: str, assignments: Sequence[str], console: Console) -> None:
 def main(
     recipe: Annotated[str, typer.Argument(help="Recipe: a TOML file or the name of a shipped one.")] = "recipes/micro.toml",
     set_: Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="A run-form field, or its key.")] = [],  # noqa: B006
+    containers: Annotated[bool, typer.Option(help="Tasks in containers of the images that `make images` builds.")] = False,
 ) -> None:
     """Run a recipe through the compiled pipeline by KFP's local runner. Started again after a stop or a kill, it goes on."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    os.environ.setdefault("MLFLOW_TRACKING_URI", REGISTRY)
+    os.environ.setdefault("MLFLOW_TRACKING_URI", CONTAINERS_REGISTRY if containers else REGISTRY)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        recover(recipe, set_, console)
+        recover(recipe, set_, console, containers=containers)
     except CamopdError as error:
         console.print(str(error))
         raise typer.Exit(1) from None

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from camopd.errors import InputError, Problem
 from camopd.trainjob import JobSpec
 from camopd.trainjob.spec import RESERVED
-from components import IMAGE
+from components import TRAINER
 
 _QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 _NAME = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"
@@ -44,7 +44,7 @@ class Toleration(_Table):
 class Pool(_Table):
     """What a task of this pool asks for."""
 
-    image: str = Field(default=IMAGE, min_length=1, description="Image that holds the package.")
+    image: str | None = Field(default=None, min_length=1, description="Image of all its tasks; none: what each one names.")
     accelerator: str | None = Field(default=None, min_length=1, description="Resource name, such as nvidia.com/gpu.")
     count: int = Field(default=0, ge=0, description="Accelerators of one pod.")
     cpu: str | None = Field(default=None, pattern=_QUANTITY, description="Cores requested.")
@@ -68,7 +68,8 @@ class Pool(_Table):
     def place(self, task: dsl.PipelineTask) -> dsl.PipelineTask:
         """Ask for this pool's machines, and never let KFP's cache answer: it looks at URIs, not at what is behind them."""
         task.set_caching_options(False)
-        task.set_container_image(self.image)
+        if self.image:
+            task.set_container_image(self.image)
         if self.accelerator:
             task.set_accelerator_type(self.accelerator).set_accelerator_limit(self.count)
         if self.cpu:
@@ -146,6 +147,7 @@ class TrainingPool(Pool):
     def job(self) -> str:
         """The job's description, a constant of the compiled file. Text, since numbers of a STRUCT arrive as floats."""
         fields = {name: getattr(self, name) for name in JobSpec.model_fields}
+        fields["image"] = self.image or TRAINER
         fields["tolerations"] = tuple(toleration.model_dump(exclude_none=True) for toleration in self.tolerations)
         return JobSpec(**fields).model_dump_json(exclude_defaults=True)
 

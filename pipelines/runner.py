@@ -1,11 +1,12 @@
 """KFP's local runner on the compiled pipeline.
 
 ``pipelines.local`` starts it as ``python -m pipelines.runner <run form as JSON> <folder>``, in a session of its own. The stages
-run as processes of this Python, in this folder, with this environment.
+run as processes of this Python, in this folder, with this environment; or in containers, given the folders they see as JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,27 +16,36 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipelines.containers import Folders, docker_runner
 from pipelines.warm import use_warm_starts
 
 COMPILED = Path(__file__).with_name("recovery.yaml")
 
 
-def run_compiled(parameters: Mapping[str, str | bool], *, root: Path, compiled: Path = COMPILED) -> None:
+def run_compiled(
+    parameters: Mapping[str, str | bool], *, root: Path, compiled: Path = COMPILED, containers: Folders | None = None
+) -> None:
     """Run the compiled file to its end. In a script of yours it belongs under ``if __name__ == "__main__"`` (multiprocessing).
 
     Args:
         parameters: values of the run form; the rest keep their defaults.
         root: folder for KFP's own small artifacts.
         compiled: the compiled pipeline.
+        containers: run each task in a container of its image, which sees these folders; None: in processes.
 
     Raises:
         RuntimeError: a task failed; the message names it.
     """
     from kfp import components, local
 
-    use_warm_starts()
-    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root), raise_on_error=True)
-    components.load_component_from_file(str(compiled))(**parameters)
+    if containers is None:
+        use_warm_starts()
+        start = contextlib.nullcontext(local.SubprocessRunner(use_venv=False))
+    else:
+        start = docker_runner(containers)
+    with start as runner:
+        local.init(runner, pipeline_root=str(root), raise_on_error=True)
+        components.load_component_from_file(str(compiled))(**parameters)
 
 
 def _end_with(parent: int) -> None:
@@ -47,4 +57,5 @@ def _end_with(parent: int) -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    run_compiled(json.loads(sys.argv[1]), root=Path(sys.argv[2]))
+    form, root, *folders = sys.argv[1:]
+    run_compiled(json.loads(form), root=Path(root), containers=Folders(**json.loads(folders[0])) if folders else None)

@@ -7,7 +7,7 @@ import pytest
 
 from camopd.errors import InputError
 from camopd.trainjob import JobSpec
-from components import IMAGE
+from components import TRAINER
 from pipelines.pools import Pools, load_pools
 
 NODES = '[training]\nnodes = 2\nruntime = "torch-distributed"\n'
@@ -87,7 +87,7 @@ secrets = { AWS_SECRET_ACCESS_KEY = "camopd-s3/secret-key" }
     assert JobSpec.model_validate_json(load_pools(path).training.job()) == JobSpec(
         nodes=2,
         runtime="torch-distributed",
-        image=IMAGE,
+        image=TRAINER,
         accelerator="nvidia.com/gpu",
         count=8,
         cpu="64",
