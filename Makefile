@@ -31,7 +31,7 @@ test-fast: $(READY)  ## The tests that need no server and take seconds
 	$(BIN)/python -m pytest -m "not slow"
 
 test-vllm: $(READY) $(VLLM)/.ready  ## The vLLM engine for real, on CPU, in an environment of its own (Python 3.11)
-	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest tests/test_vllm_engine.py tests/test_vllm_colocated.py tests/test_vllm_server.py
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest tests/test_vllm_*.py
 	$(BIN)/python -m pytest tests/integration/test_vllm_stages.py
 $(VLLM)/.ready: pyproject.toml requirements-vllm.txt scripts/setup_vllm.sh
 	bash scripts/setup_vllm.sh "$(PYTHON)" $(VLLM)

@@ -116,6 +116,7 @@ def test_key_lines_of_statements_over_several_lines() -> None:
 
 EVERY_LOCATION = """
 student = "./student"
+base = "./base"
 output = "../runs"
 branches = [{ name = "general", role = "recover", teacher = "./teacher", prompts = "./p.jsonl" }]
 prompts.chat_template = "./t.jinja"
@@ -141,7 +142,7 @@ def test_locations_in_a_file_are_relative_to_it(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "recipes" / "a.toml").write_text(EVERY_LOCATION)
     monkeypatch.chdir(tmp_path)
     found = locations(load_recipe("a", {"evaluate.task_dir": "./mine"}))
-    beside = {str(tmp_path / "recipes" / name) for name in ("student", "teacher", "p.jsonl", "t.jinja")}
+    beside = {str(tmp_path / "recipes" / name) for name in ("student", "base", "teacher", "p.jsonl", "t.jinja")}
     assert set(found) == beside | {str(tmp_path / "runs"), str(tmp_path / "mine")}
 
 

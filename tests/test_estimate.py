@@ -28,6 +28,7 @@ from camopd.estimate.sources import SHIPPED, LengthOptions, lengths_given, mean_
 from camopd.estimate.total import Estimate, at_limits, estimate
 from camopd.estimate.work import samples_of, scored_branches, sequences_together, train_flops, train_work
 from camopd.presets import presets
+from camopd.recipe.sections import Lora
 from camopd.select import select_by_mass
 from camopd.store import Store
 from pipelines.pods import pods_of
@@ -279,6 +280,54 @@ def test_one_gpu_alone_holds_a_whole_copy_in_bfloat16() -> None:
         "working",
         "head gradient",
     }
+
+
+def test_an_adapter_of_qwen3_8b_has_the_parameters_that_peft_counts() -> None:
+    """43,646,976 of rank 16 on all linear layers; on queries alone 16 x (4,096 + 4,096) x 36."""
+    shape = shape_of("Qwen3-8B")
+    assert shape.adapter(Lora()) == shape.adapter(Lora(rank=16, output="merged")) == 43_646_976
+    assert shape.adapter(Lora(rank=8, targets=["self_attn.q_proj"])) == 8 * (4096 + 4096) * 36
+    assert shape.adapter(None) == 0
+
+
+def test_an_adapter_needs_state_for_itself_alone() -> None:
+    shape, adapter = shape_of("Qwen3-8B"), 43_646_976
+    whole, small = (train_memory(shape, recipe_of(**more), Assumptions()) for more in ({}, {"train.lora.rank": "16"}))
+    assert small.sharded["state"] == 4 * shape.parameters + 16 * adapter
+    assert "head gradient" in whole.whole.keys() - small.whole.keys()
+    assert small.gpus < whole.gpus
+    full, lora, merged = (
+        estimate(recipe, dict.fromkeys(("student", "general", "domain"), shape), typical_lengths(recipe), Assumptions())
+        for recipe in (recipe_of(), recipe_of(**{"train.lora.rank": 16}), recipe_of(**{"train.lora.output": "merged"}))
+    )
+    rounds = recipe_of().num_rounds
+    assert (full.checkpoints, lora.checkpoints) == (12 * shape.parameters * rounds, 12 * adapter * rounds)
+    assert merged.checkpoints == lora.checkpoints + 4 * shape.parameters * rounds
+    training = [sum(stage.flops for stage in found.work if stage.name == "train") for found in (full, lora)]
+    assert 0.7 < training[1] / training[0] < 0.8  # with checkpointing 3 of 4 passes over the matrices, attention as before
+
+
+def test_teachers_that_are_the_student_s_base_take_no_memory_of_their_own() -> None:
+    shapes = dict.fromkeys(("student", "general", "domain"), shape_of("Qwen3-4B-Instruct-2507"))
+
+    def held(**more) -> dict[str, float]:
+        recipe = recipe_of(execution="colocated", **more)
+        return estimate(recipe, shapes, typical_lengths(recipe), Assumptions()).memory["recover"].sharded
+
+    shape = shapes["student"]
+    assert held()["teachers"] == 2 * 2 * shape.parameters
+    assert held(**{"train.lora.rank": 16})["teachers"] == 2 * shape.parameters
+    base = recipe_of().teacher(recipe_of().branch("general"))
+    assert held(**{"train.lora.rank": 16, "base": base})["teachers"] == 0
+
+
+def test_an_adapter_has_the_shape_of_the_base(tmp_path) -> None:
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    adapter.mkdir(), base.mkdir()
+    (base / "config.json").write_text((SHIPPED / "Qwen3-8B.json").read_text())
+    recipe = recipe_of(student=str(adapter), base=str(base))
+    shapes, origins = model_shapes(recipe, {})
+    assert (shapes["student"], origins["student"]) == (shape_of("Qwen3-8B"), str(base / "config.json"))
 
 
 def test_the_advised_batch_fits_and_one_more_does_not() -> None:

@@ -81,6 +81,7 @@ def content(run_uri: str) -> list[str]:
         {"method": "mopd", "num_rounds": 2},
         {"train.precision": "bfloat16", "train.activation_checkpointing": True, "num_rounds": 2},
         {"method": "off-policy-kd", "score.signal": "sampled", "num_rounds": 2},
+        {"train.lora.rank": 4, "train.learning_rate": 1e-2, "num_rounds": 2},
     ],
     ids=lambda settings: " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items()),
 )

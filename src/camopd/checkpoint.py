@@ -13,7 +13,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,12 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from camopd import plan as layout
+from camopd.adapters import is_adapted
 from camopd.errors import StoreError
 from camopd.group import Group, current
+from camopd.lora import Output
 from camopd.schedule import Schedule
-from camopd.student import on_host, whole
+from camopd.student import learning, on_host, whole
 
 TRAINER = "trainer"
 STATE = "trainer/state.json"
@@ -45,10 +47,13 @@ class Snapshot:
 
     Attributes:
         model: its configuration is written, not its weights.
-        weights: whole tensors that this process writes.
+        weights: whole tensors that this process writes; of a student with an adapter, the base's, and none where the adapter is
+            written alone.
         moments: this process's parts of the optimiser's tensors.
         offsets: where each part begins in its tensor; empty where tensors are whole.
         state: content of ``trainer/state.json``.
+        lora: what is written of a student with an adapter.
+        adapter: its whole tensors, on every process: they are small.
     """
 
     model: PreTrainedModel
@@ -56,6 +61,8 @@ class Snapshot:
     moments: Mapping[str, Tensor]
     offsets: Mapping[str, Sequence[int]]
     state: Mapping[str, Any]
+    lora: Output | None = None
+    adapter: Mapping[str, Tensor] = field(default_factory=dict)
 
     def write(
         self,
@@ -81,15 +88,16 @@ class Snapshot:
         rank, size = group.rank, group.size
         (folder / TRAINER).mkdir(parents=True)
         moments = folder / TRAINER / _file("optimizer", rank, size)
-        if size == 1:
-            self.model.save_pretrained(folder, state_dict=dict(self.weights))
-        else:
-            self._write_weights(folder, group)
-        for weights in folder.glob("*.safetensors"):
-            finished(weights)
+        weights = dict(self.weights) if self.lora is None else self.lora.merged_weights(self.model, self.weights, self.adapter)
+        if self.lora is None or self.lora.merged:
+            self._write_weights(folder, group, weights)
+        for file in folder.glob("*.safetensors"):
+            finished(file)
         offsets = {name: {"saved_offsets": list(begin)} for name, begin in self.offsets.items()}
         save_file(dict(self.moments), moments, {SHARDING: json.dumps(offsets)} if size > 1 else None)
         if rank == 0:
+            if self.lora is not None:
+                self.lora.write_adapter(folder, self.model, self.adapter)
             for path in student.iterdir():
                 if path.is_file() and is_companion(path.name):
                     shutil.copyfile(path, folder / path.name)
@@ -97,26 +105,36 @@ class Snapshot:
                 (folder / layout.TEMPLATE).write_bytes(template)
             (folder / STATE).write_text(json.dumps(self.state) + "\n")
 
-    def _write_weights(self, folder: Path, group: Group) -> None:
+    def _write_weights(self, folder: Path, group: Group, weights: dict[str, Tensor]) -> None:
         """One of the model's files, and of the first process the configuration and the index of all files."""
         rank, size = group.rank, group.size
+        if size == 1:
+            self.model.save_pretrained(folder, state_dict=weights)
+            return
         file = folder / _file("model", rank, size)
         if rank == 0:
-            self.model.save_pretrained(folder, state_dict=dict(self.weights), max_shard_size=1 << 60)
+            self.model.save_pretrained(folder, state_dict=weights, max_shard_size=1 << 60)
             (folder / "model.safetensors").rename(file)
         else:  # save_pretrained writes nothing here; names and shapes are those that checkpoints have, as there
-            save_file(revert_weight_conversion(self.model, dict(self.weights)), file, {"format": "pt"})
+            save_file(revert_weight_conversion(self.model, weights), file, {"format": "pt"})
         with safe_open(file, "pt") as written:
             names = group.gather(sorted(written.keys()))
         if rank == 0:
             files = {name: _file("model", owner, size) for owner, own in enumerate(names) for name in own}
-            size_of_all = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+            own = [parameter for name, parameter in self.model.named_parameters() if not is_adapted(name)]
+            size_of_all = sum(parameter.numel() * parameter.element_size() for parameter in own)
             index = {"metadata": {"total_size": size_of_all}, "weight_map": files}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def snapshot(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, schedule: Schedule, *, seed: int, copy: bool = False
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    *,
+    seed: int,
+    copy: bool = False,
+    lora: Output | None = None,
 ) -> Snapshot:
     """What this process has to write of the student; all processes that share it must call.
 
@@ -129,10 +147,14 @@ def snapshot(
         schedule: where it stands.
         seed: of the recipe.
         copy: whether updates will go on before it is written.
+        lora: what is written of a student with an adapter.
     """
     group = current()
     names = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}  # a tied one once
     kept = {names[id(tensor)]: tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) in names}
+    adapter = {name: on_host(whole(tensor), copy=copy) for name, tensor in kept.items() if lora and tensor.requires_grad}
+    if lora is not None:
+        kept = {name: tensor for name, tensor in kept.items() if lora.merged and not is_adapted(name)}
     owners = shared_out({name: tensor.numel() for name, tensor in kept.items()}, group.size)
     weights = {}
     for name, tensor in kept.items():  # one after another, so that no device holds more than one of them whole
@@ -148,7 +170,7 @@ def snapshot(
             elif group.rank == 0:  # the number of steps, the same everywhere
                 moments[name], offsets[name] = on_host(value, copy=copy), [0] * value.ndim
     state = {"step": schedule.step, "cycle": schedule.cycle, "seed": seed}
-    return Snapshot(model, weights, moments, offsets, state)
+    return Snapshot(model, weights, moments, offsets, state, lora, adapter)
 
 
 def shared_out(sizes: Mapping[str, int], num_parts: int) -> dict[str, int]:
@@ -171,7 +193,7 @@ def _file(name: str, rank: int, size: int) -> str:
 
 def is_companion(name: str) -> bool:
     """Whether a file of a model folder belongs to the tokenizer or generation: neither weights nor what we write ourselves."""
-    ours = {"config.json", "manifest.json", STEPS}
+    ours = {"config.json", "adapter_config.json", "manifest.json", STEPS}
     return name not in ours and not name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".pt", ".md"))
 
 
@@ -187,7 +209,7 @@ def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opti
     reader = HuggingFaceStorageReader(str(place))
     known = reader.read_metadata().state_dict_metadata
     wanted: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in learning(model).items():
         state = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
         own = {f"{name}.{key}": value.detach() for key, value in state.items()}
         if any(key not in known or known[key].size != value.shape for key, value in own.items()):  # type: ignore[union-attr]

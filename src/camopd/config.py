@@ -18,7 +18,7 @@ from camopd.errors import InputError, Problem
 from camopd.presets import Preset, presets
 from camopd.recipe.document import KeyPath, absolute, read_document
 from camopd.recipe.explain import did_you_mean, explained
-from camopd.recipe.parameters import AS_IN_RECIPE, apply_parameters
+from camopd.recipe.parameters import AS_IN_RECIPE, apply_parameters, section_of
 from camopd.recipe.sections import (
     VLLM,
     Branch,
@@ -62,6 +62,7 @@ class Recipe(Section):
     method: str = Field("camopd", description="Preset that fills in what the recipe leaves out; see camopd.presets.")
     mixing: Literal["alternating", "mixed"] = Field("alternating", description="One branch a step, or all in every step.")
     student: Uri = Field(description="The domain model to recover; a frozen copy teaches where a branch names no teacher.")
+    base: Uri | None = Field(None, description="Model under every LoRA adapter; none: where adapter_config.json says.")
     output: Uri = Field("./runs", description="Folder or s3:// prefix under which the run's own folder is made.")
     seed: Int = Field(0, ge=0, description="Seed of sampling and of prompt order.")
     num_rounds: Int = Field(30, description="Times rollout, score, select and train are repeated.")
@@ -190,11 +191,16 @@ class Recipe(Section):
 
     @field_validator("train")
     @classmethod
-    def _one_process_where_models_stay(cls, train: Train, info: ValidationInfo) -> Train:
+    def _trains_where_models_stay(cls, train: Train, info: ValidationInfo) -> Train:
         if train.num_processes > 1 and info.data.get("execution") == "colocated":
             raise ValueError(
                 f"num_processes {train.num_processes} needs the stages: `camopd recover` keeps all models in one process; "
                 "use `camopd run`, or set it to 1"
+            )
+        if train.lora and info.data.get("execution") == "colocated" and info.data.get("rollout", Rollout()).engine == "vllm":
+            raise ValueError(
+                "lora with execution colocated samples from the adapter in training, which engine vllm does not have: use engine "
+                "transformers, or execution staged"
             )
         return train
 
@@ -273,7 +279,9 @@ def cautions(recipe: Recipe) -> tuple[str, ...]:
     unseen = "train.diagnose_every: gradients are not compared where train.num_processes is above 1; 0 says so"
     unused = "train.checkpoint_every: execution colocated saves where a round ends; set steps_per_round, or this to 0"
     idle = "shards: a round has fewer batches of rollout.batch_size than shards, which work on whole ones: some are idle"
+    small = "train.learning_rate: an adapter usually wants 10 to 100 times the rate for all weights, which the default is"
     spread, colocated = recipe.train.num_processes > 1, recipe.execution == "colocated"
+    default_rate = "learning_rate" not in recipe.train.model_fields_set
     rollout = recipe.rollout
     samples = recipe.steps_per_round * rollout.prompts_per_step * rollout.samples_per_prompt
     batch = rollout.batch_size if rollout.engine == "transformers" else 1
@@ -281,11 +289,12 @@ def cautions(recipe: Recipe) -> tuple[str, ...]:
         *same,
         *[unseen] * (spread and recipe.train.diagnose_every > 0),
         *[unused] * (colocated and recipe.train.checkpoint_every > 0),
+        *[small] * (recipe.train.lora is not None and default_rate),
         *[idle] * (recipe.shards > 1 and samples <= (recipe.shards - 1) * batch),
     )
 
 
-_LOCATIONS = (("student",), ("output",), ("prompts", "chat_template"), ("evaluate", "task_dir"))
+_LOCATIONS = (("student",), ("base",), ("output",), ("prompts", "chat_template"), ("evaluate", "task_dir"))
 _BRANCH_LOCATIONS = ("teacher", "prompts")
 
 
@@ -314,5 +323,7 @@ def _fields_at(path: KeyPath) -> Mapping[str, FieldInfo]:
     """The settings of the table that holds the key."""
     if path[0] == "branches" and len(path) > 1:
         return Branch.model_fields
-    section = Recipe.model_fields[str(path[0])].annotation if len(path) > 1 else Recipe
-    return section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
+    section: type[BaseModel] | None = Recipe
+    for part in path[:-1]:
+        section = section_of(section.model_fields[str(part)]) if section and part in section.model_fields else None
+    return section.model_fields if section else {}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from camopd.schedule import seed_of
+from camopd.student import learning
 
 Row = Mapping[str, Any]
 MAX_PARAMETERS = 2**27  # 0.5 GiB a float32 vector; two are held for each branch and two more while a gradient is made
@@ -84,13 +85,13 @@ def gradient_blocks(model: nn.Module, *, max_parameters: int) -> dict[str, list[
     Returns:
         Block -> its parameters: ``{"all parameters": [...]}`` or ``{"model.layers.0": [...], "model.layers.27": [...]}``.
     """
-    everything = list(model.parameters())
+    everything = list(learning(model).values())
     if sum(parameter.numel() for parameter in everything) <= max_parameters:
         return {"all parameters": everything}
     name, layers = next((name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList))
-    largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
+    largest = max(sum(parameter.numel() for parameter in learning(layer).values()) for layer in layers)
     places = spread(len(layers), min(max(max_parameters // largest, 1), len(layers)))
-    return {f"{name}.{place}": list(layers[place].parameters()) for place in places}
+    return {f"{name}.{place}": list(learning(layers[place]).values()) for place in places}
 
 
 def spread(length: int, count: int) -> list[int]:

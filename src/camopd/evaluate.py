@@ -270,7 +270,8 @@ def load_tokenizer(plan: Plan, store: Store) -> PreTrainedTokenizerBase:
     """The student's tokenizer with the chat template that the plan froze: one for all models, so all read the same tokens."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(store.fetch(plan.recipe.student), local_files_only=True, trust_remote_code=False)
+    folder = store.fetch(plan.tokenizer_uri(plan.recipe.student, store))
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     template = join(layout.plan_uri(plan.run_uri), layout.TEMPLATE)
     tokenizer.chat_template = store.read(template).decode() if store.stat(template) else None
     return tokenizer
@@ -283,18 +284,19 @@ def served_teacher(plan: Plan, uri: str, store: Store) -> ServedTeacher:
     from camopd.evaluation.served import ServedTeacher
     from camopd.rollout import connect_teacher
 
-    config = AutoConfig.from_pretrained(store.fetch(plan.recipe.student), local_files_only=True, trust_remote_code=False)
+    base = store.fetch(plan.weights(plan.recipe.student, store).base)
+    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     return ServedTeacher(connect_teacher(plan, uri), config, plan.eos_ids)
 
 
 def answer_all(plan: Plan, models: list[Contestant], store: Store) -> tuple[Answers, dict[str, Any]]:
     """Every model's answers to every task, under the same settings; and those settings."""
-    from camopd.engines.transformers import load_model
     from camopd.evaluation.harness import Harness, open_tasks, quiet
+    from camopd.lora import load_weights
 
     def load(uri: str) -> PreTrainedModel | ServedTeacher:
         with quiet():
-            return served_teacher(plan, uri, store) if is_served(uri) else load_model(store.fetch(uri))
+            return served_teacher(plan, uri, store) if is_served(uri) else load_weights(plan.weights(uri, store), store)
 
     recipe, chosen = plan.recipe, plan.recipe.evaluate
     names = [task for branch in recipe.branches for task in branch.tasks]

@@ -16,11 +16,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from camopd.adapters import Weights, tokenizer_folder, weights_at
 from camopd.config import Branch, Recipe
 from camopd.errors import InputError, Problem
+from camopd.recipe.served import is_served
 from camopd.store import Store, digest, join, parent
 
 if TYPE_CHECKING:
@@ -91,7 +94,7 @@ def training_config(recipe: Recipe, content_ids: dict[str, str]) -> dict[str, An
     }
     config = recipe.model_dump(mode="json", include=shaping)
     config["rollout"] = recipe.rollout.model_dump(mode="json", exclude=set(recipe.rollout.HOW))
-    config["train"] = recipe.train.model_dump(mode="json", exclude=set(recipe.train.HOW))
+    config["train"] = recipe.train.shaping()
     if recipe.rollout.engine == "vllm":
         config["vllm"] = {"dtype": recipe.vllm.dtype}
     config["student"] = content_ids["student"]
@@ -112,7 +115,7 @@ class Plan:
         run_uri: the run's prefix.
         recipe: the recipe as last asked for.
         content_ids: identity of ``student``, ``teacher/<branch>`` and, where there is one, ``prompts/<branch>``,
-            ``chat_template``.
+            ``chat_template``; of an adapter's base, ``student/base`` and ``teacher/<branch>/base``.
         vocab_size: token ids 0 .. vocab_size - 1 are shared by the tokenizer and all models; the rest is masked everywhere.
         eos_ids: token ids that end a response.
         pad_id: token id that fills a batch.
@@ -180,8 +183,34 @@ class Plan:
         """Content id of that checkpoint."""
         return self.content_ids["student"] if number == 1 else store.require(self.student_uri(number)).content_id
 
+    @property
+    def base_id(self) -> dict[str, str]:
+        """Content id of the model under the adapter that learns, an input like others; nothing where all weights learn."""
+        own = self.content_ids.get("student/base") or self.content_ids.get("student", "")
+        return {"base": own} if self.recipe.train.lora else {}
+
     def teacher_uri(self, branch: Branch) -> str:
         return self.recipe.teacher(branch)
+
+    def weights(self, uri: str, store: Store) -> Weights:
+        """What lies at the location of a model of this run: a checkpoint that is an adapter belongs to the domain model's base.
+
+        Raises InputError for another adapter whose base nobody names; `prepare` has asked.
+        """
+        base = self.recipe.base
+        if is_served(uri):
+            return Weights(uri)
+        if uri.startswith(f"{self.run_uri}/"):
+            base = weights_at(self.recipe.student, store, base).base
+        return weights_at(uri, store, base)
+
+    def places(self, uris: Iterable[str], store: Store) -> list[str]:
+        """The folders that models are made of, each once."""
+        return list(dict.fromkeys(place for uri in uris for place in self.weights(uri, store).locations))
+
+    def tokenizer_uri(self, uri: str, store: Store) -> str:
+        """Where the tokenizer of the model at a location lies."""
+        return tokenizer_folder(self.weights(uri, store), store)
 
 
 def run_id(recipe: Recipe, content_ids: dict[str, str]) -> str:

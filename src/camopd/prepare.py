@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from camopd.adapters import content_id, weights_at
 from camopd.config import Branch, Recipe, cautions
 from camopd.errors import EngineError, InputError, Problem, StoreError
 from camopd.inputs.served import Probe, ServedModel, check_same, examine, records
@@ -72,18 +73,28 @@ def resolve(recipe: Recipe, store: Store, served: Mapping[str, str] | None = Non
     if recipe.prompts.chat_template:
         wanted["chat_template"] = ("prompts.chat_template", recipe.prompts.chat_template)
     known = dict(served or {})
+    bases: dict[str, str] = {}
     problems: dict[str, Problem] = {}
     for key, (where, uri) in wanted.items():
         if uri in known or uri in problems or is_served(uri):
             continue
         try:
-            if key.startswith(("prompts/", "chat_template")) and store.stat(uri) is None and store.list(uri):
+            if not key.startswith(("prompts/", "chat_template")):
+                weights = weights_at(uri, store, recipe.base, where=where)
+                known[uri] = content_id(weights, store)
+                if weights.adapter is not None:
+                    bases[uri] = store.content_id(weights.base)
+            elif store.stat(uri) is None and store.list(uri):
                 problems[uri] = Problem(where, f"{uri} is a folder", "give the file in it")
             else:
                 known[uri] = store.content_id(uri)
         except StoreError as error:
             problems[uri] = Problem(where, str(error))
-    return {key: known[uri] for key, (_, uri) in wanted.items() if uri in known}, list(problems.values())
+        except InputError as error:
+            problems[uri] = error.problems[0]
+    ids = {key: known[uri] for key, (_, uri) in wanted.items() if uri in known}
+    ids |= {f"{key}/base": bases[uri] for key, (_, uri) in wanted.items() if uri in bases}
+    return ids, list(problems.values())
 
 
 def check_served(plan: Plan, served: Mapping[str, ServedModel]) -> None:
@@ -177,8 +188,10 @@ def _write_plan(
     )
 
     found = Findings(list(earlier), list(cautions(recipe)) + _same_teachers(recipe, content_ids))
+    if recipe.base is not None and not any(key.endswith("/base") for key in content_ids):
+        found.warnings.append(f"base: no model of the recipe is an adapter, so {recipe.base} is not used")
     with tempfile.TemporaryDirectory(prefix="camopd-") as scratch:
-        models = check_models(_models(recipe, content_ids), store, Path(scratch), found)
+        models = check_models(_models(recipe, content_ids), store, Path(scratch), found, recipe)
         limit = check_fit(recipe, models, found, {location: model.max_length for location, model in served.items()})
         encoder = make_encoder(recipe, models, store, found)
         found.problems += check_teacher_prompts(recipe, models, encoder)

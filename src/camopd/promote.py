@@ -89,7 +89,7 @@ def run(run_uri: str, *, store: Store, tracker: Tracker, seconds: float = PROMOT
     elif registry is None:
         release = replace(blank, reasons=("no registry: set tracking.uri in the recipe, or MLFLOW_TRACKING_URI",))
     else:
-        wish = _Wish(plan, store, registry, blank, _tags(plan, blank, evaluation, result))
+        wish = _Wish(plan, store, registry, blank, _tags(plan, store, blank, evaluation, result))
         release = _patiently(wish.fulfil, seconds=seconds, weights=blank.checkpoint_uri)
     record = json.dumps(asdict(release), indent=1, ensure_ascii=False)
     done_before = release.status == "already-promoted"  # then the record is there already, unless we were killed before it
@@ -97,7 +97,7 @@ def run(run_uri: str, *, store: Store, tracker: Tracker, seconds: float = PROMOT
     return release
 
 
-def _tags(plan: Plan, release: Release, evaluation_id: str, evaluation: Mapping[str, Any]) -> dict[str, str]:
+def _tags(plan: Plan, store: Store, release: Release, evaluation_id: str, evaluation: Mapping[str, Any]) -> dict[str, str]:
     """What a version says about itself: whose it is, made from what, how good."""
     tags = {
         "camopd.run_id": logbook.identity(plan).run_id,
@@ -108,6 +108,9 @@ def _tags(plan: Plan, release: Release, evaluation_id: str, evaluation: Mapping[
         "camopd.settings": digest(training_config(plan.recipe, plan.content_ids)),
     }
     tags |= {f"camopd.content_id.{name}": content_id for name, content_id in plan.content_ids.items()}
+    if plan.recipe.train.lora and plan.recipe.train.lora.output == "adapter":
+        base = logbook.absolute(plan.weights(plan.recipe.student, store).base)
+        tags |= {"camopd.kind": "lora-adapter", "camopd.base_uri": base, "camopd.base_content_id": plan.base_id["base"]}
     return tags | {f"camopd.score.{name}": canonical_text(value) for name, value in evaluation["headline"].items()}
 
 

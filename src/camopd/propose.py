@@ -43,11 +43,11 @@ def run(plan: Plan, branch: Branch, *, store: Store) -> str:
     def write(folder: Path) -> dict[str, Any]:
         template = join(plan_uri, TEMPLATE)
         encoder = Encoder(
-            _tokenizer(recipe.student, store),
+            _tokenizer(plan.tokenizer_uri(recipe.student, store), store),
             chat_template=store.read(template).decode() if store.stat(template) else None,
             enable_thinking=recipe.prompts.enable_thinking,
         )
-        tokenizer = _tokenizer(teacher, store)
+        tokenizer = _tokenizer(plan.tokenizer_uri(teacher, store), store)
         files, _ = read_task_files(store.fetch(recipe.evaluate.task_dir)) if recipe.evaluate.task_dir else ([], [])
         items, _ = evaluation_items(sorted({task for b in recipe.branches for task in b.tasks}), files)
         own = store.fetch(join(plan_uri, layout.prompts_file(branch.name))) if branch.has_prompt_file else None

@@ -27,7 +27,9 @@ from transformers import PreTrainedModel
 
 from camopd import plan as layout
 from camopd import rollout, score, select
+from camopd.adapters import Weights
 from camopd.engines import Engine, load_engine
+from camopd.engines.shared import engines_over
 from camopd.engines.transformers import TransformersEngine, load_model
 from camopd.plan import Plan
 from camopd.progress import Progress
@@ -117,31 +119,43 @@ class Session:
         self.trainer = Trainer.load(plan, number, store)
         self.trainer.fresh = True
         self.tables = rollout.PromptTables(plan, store)
-        models = _teachers(plan, store)
-        engines = {id(model): self._engine(model) for model in models.values()}
-        self._teachers: dict[str, Engine] = {name: engines[id(model)] for name, model in models.items()}
+        models, self._teachers = self._load_teachers()
         if plan.recipe.score.signal == "full":
             weights = {name: model.get_output_embeddings().weight for name, model in models.items()}
             self.trainer.teacher_weights = weights
-        student = self._vllm or self._engine(self.trainer.model)
+        student = self._vllm or TransformersEngine(self.trainer.model, **self._limits)
         of_student = dict.fromkeys(models, student)
         self._samplers: Mapping[str, Engine] = self._teachers if plan.recipe.rollout.sampler == "teacher" else of_student
 
-    def _engine(self, model: PreTrainedModel) -> Engine:
+    @property
+    def _limits(self) -> dict[str, int]:
         recipe = self.plan.recipe
-        return TransformersEngine(
-            model,
-            vocab_size=self.plan.vocab_size,
-            batch_size=recipe.rollout.batch_size,
-            batch_tokens=recipe.score.batch_tokens,
-        )
+        sizes = {"batch_size": recipe.rollout.batch_size, "batch_tokens": recipe.score.batch_tokens}
+        return sizes | {"vocab_size": self.plan.vocab_size}
+
+    def _load_teachers(self) -> tuple[dict[str, PreTrainedModel], dict[str, Engine]]:
+        """Model and engine of each branch that takes part. What is or lies over one base has one set of weights in memory: with
+        ``train.lora`` the student's own."""
+        plan, store = self.plan, self._store
+        weights = {b.name: plan.weights(plan.teacher_uri(b), store) for b in plan.recipe.branches if b.steps}
+        held: dict[str, PreTrainedModel] = {}
+        if plan.recipe.train.lora is not None:
+            held[plan.weights(plan.recipe.student, store).base] = self.trainer.model
+        for own in weights.values():
+            if own.base not in held:
+                held[own.base] = load_model(store.fetch(own.base)).requires_grad_(False)
+        engines: dict[Weights, Engine] = {}
+        for base, model in held.items():
+            theirs = {own: store.fetch(own.adapter) if own.adapter else None for own in weights.values() if own.base == base}
+            engines |= engines_over(model, theirs, **self._limits)
+        return {name: held[own.base] for name, own in weights.items()}, {name: engines[own] for name, own in weights.items()}
 
     def _sleeping(self, number: int) -> ColocatedVllm:
-        """vLLM with the model that round ``number`` begins with, asleep."""
+        """vLLM with a model like the student, whose weights it gets when it wakes; asleep."""
         recipe = self.plan.recipe
         engine = load_engine(
             "vllm",
-            self._store.fetch(self.plan.student_uri(number)),
+            self._store.fetch(self.plan.weights(self.plan.student_uri(number), self._store).base),
             vocab_size=self.plan.vocab_size,
             batch_size=recipe.rollout.batch_size,
             batch_tokens=recipe.score.batch_tokens,
@@ -181,7 +195,8 @@ class Session:
             UnhealthyRunError: the run stopped itself.
         """
         plan, store = self.plan, self._store
-        inputs = {"student": plan.student_id(number, store), "plan": store.require(layout.plan_uri(plan.run_uri)).content_id}
+        planned = store.require(layout.plan_uri(plan.run_uri)).content_id
+        inputs = {"student": plan.student_id(number, store), "plan": planned, **plan.base_id}
 
         def write(folder: Path) -> dict[str, Any]:
             begun = time.monotonic()
@@ -202,15 +217,3 @@ class Session:
         uri = layout.checkpoint_uri(plan.rounds[number - 1])
         config = training_config(plan.recipe) | {"execution": "colocated"}
         store.produce(uri, stage="train", config=config, inputs=inputs, write=write)
-
-
-def _teachers(plan: Plan, store: Store) -> dict[str, PreTrainedModel]:
-    """The teacher of each branch that takes part, each model loaded once."""
-    loaded: dict[str, PreTrainedModel] = {}
-    teachers = {}
-    for branch in plan.recipe.branches:
-        if branch.steps:
-            uri = plan.teacher_uri(branch)
-            loaded[uri] = loaded.get(uri) or load_model(store.fetch(uri)).requires_grad_(False)
-            teachers[branch.name] = loaded[uri]
-    return teachers

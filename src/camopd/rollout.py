@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from camopd import plan as layout
 from camopd import propose
 from camopd.config import Recipe
-from camopd.engines import Engine, Sample, import_engine, load_engine, sample_batches
+from camopd.engines import Engine, Sample, import_engine, sample_batches
+from camopd.engines.shared import open_engines
 from camopd.errors import UnhealthyRunError
 from camopd.plan import Plan
 from camopd.progress import Progress
@@ -207,7 +208,9 @@ def run(round_uri: str, *, shard: Shard | None = None, store: Store | None = Non
         wanted = asked(plan, number, store)
         sampled_by = models(plan, number)
         wanted = wanted if shard is None else share(wanted, shard, recipe, list(sampled_by.values()))
-        turns = [(uri, names, own) for uri, names in sampled_by.items() if (own := [r for r in wanted if r["branch"] in names])]
+        together = over_one_base(plan, sampled_by, store)
+        asking = [{name: uri for uri in uris for name in sampled_by[uri]} for uris in together]
+        turns = [(branches, own) for branches in asking if (own := [r for r in wanted if r["branch"] in branches])]
         progress = Progress(
             "rollout",
             total=len(wanted),
@@ -218,15 +221,18 @@ def run(round_uri: str, *, shard: Shard | None = None, store: Store | None = Non
             waited=store.waited,
         )
         seconds = 0.0
-        for turn, (uri, names, own) in enumerate(turns, 1):  # one at a time: a device holds one of them
-            with engine_at(plan, uri, store) as engine:
-                for following, *_ in turns[turn : turn + 1]:
-                    store.prefetch(following)
+        for turn, (branches, own) in enumerate(turns, 1):  # one base at a time: a device holds one of them
+            following = [uri for later, _ in turns[turn : turn + 1] for uri in later.values()]
+            with engines_at(plan, branches.values(), store) as engines:
+                for place in plan.places(following, store):
+                    store.prefetch(place)
                 begun = time.monotonic()
-                sample_rows(dict.fromkeys(names, engine), own, plan, lambda tokens: progress.advance(1, tokens=tokens))
+                answering = {name: engines[uri] for name, uri in branches.items()}
+                sample_rows(answering, own, plan, lambda tokens: progress.advance(1, tokens=tokens))
                 seconds += time.monotonic() - begun
         if wanted:
-            add_text(wanted, store.fetch(recipe.student if recipe.rollout.sampler == "teacher" else plan.student_uri(number)))
+            student = recipe.student if recipe.rollout.sampler == "teacher" else plan.student_uri(number)
+            add_text(wanted, store.fetch(plan.tokenizer_uri(student, store)))
         # A share is too small to judge the run by: what is healthy is looked at when all are there.
         numbers = health(wanted, plan, _first(plan, number, store)) if shard is None else {}
         numbers |= write_samples(folder, wanted, plan)
@@ -334,6 +340,16 @@ def models(plan: Plan, number: int) -> dict[str, list[str]]:
     return branches
 
 
+def over_one_base(plan: Plan, uris: Iterable[str], store: Store) -> list[list[str]]:
+    """The models in groups that share their weights: adapters of one base, and the base itself. Copies have one model each."""
+    if plan.recipe.rollout.replicas > 1:
+        return [[uri] for uri in uris]
+    groups: dict[str, list[str]] = {}
+    for uri in uris:
+        groups.setdefault(plan.weights(uri, store).base, []).append(uri)
+    return list(groups.values())
+
+
 def connect_teacher(plan: Plan, uri: str) -> RemoteEngine:
     """The engine of a served teacher, which is still the one that the plan was made with."""
     from camopd.inputs.served import Probe, connect
@@ -347,23 +363,34 @@ def connect_teacher(plan: Plan, uri: str) -> RemoteEngine:
 @contextmanager
 def engine_at(plan: Plan, uri: str, store: Store) -> Iterator[Engine]:
     """The recipe's engine with the model at ``uri``, closed at the end: what it held on the device is free again."""
+    with engines_at(plan, [uri], store) as engines:
+        yield engines[uri]
+
+
+@contextmanager
+def engines_at(plan: Plan, uris: Iterable[str], store: Store) -> Iterator[dict[str, Engine]]:
+    """The recipe's engine with several models over one base, by location, closed at the end."""
     recipe = plan.recipe
-    if is_served(uri):
-        with closing(connect_teacher(plan, uri)) as remote:
-            yield remote
+    uris = list(uris)
+    if is_served(uris[0]):
+        with closing(connect_teacher(plan, uris[0])) as remote:
+            yield {uris[0]: remote}
         return
-    store.prefetch(uri)
+    for place in plan.places(uris, store):
+        store.prefetch(place)
     if recipe.rollout.replicas == 1:  # copies import it each for itself
         import_engine(recipe.rollout.engine)
-    engine = load_engine(
+    weights = {uri: plan.weights(uri, store) for uri in uris}
+    (base,) = {own.base for own in weights.values()}
+    with open_engines(
         recipe.rollout.engine,
-        store.fetch(uri),
+        store.fetch(base),
+        {uri: store.fetch(own.adapter) if own.adapter else None for uri, own in weights.items()},
         vocab_size=plan.vocab_size,
         batch_size=recipe.rollout.batch_size,
         batch_tokens=recipe.score.batch_tokens,
         max_length=plan.max_prompt_tokens + recipe.rollout.max_new_tokens,
         vllm=recipe.vllm,
         replicas=recipe.rollout.replicas,
-    )
-    with closing(engine):
-        yield engine
+    ) as engines:
+        yield engines

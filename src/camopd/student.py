@@ -114,6 +114,11 @@ def _checkpoint(layers: Iterable[nn.Module], model: PreTrainedModel) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
 
 
+def learning(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that updates change: all, or those of an adapter."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 # --- Tensors of one process or of several ---------------------------------------------------------------------------------
 
 

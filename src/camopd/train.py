@@ -20,9 +20,10 @@ from camopd import plan as layout
 from camopd.checkpoint import STEPS, load_state, snapshot
 from camopd.config import Recipe
 from camopd.diagnostics import measure
-from camopd.engines.transformers import device, load_model, output_head
+from camopd.engines.transformers import device, output_head
 from camopd.errors import UnhealthyRunError
 from camopd.group import Group, current
+from camopd.lora import Output, load_student
 from camopd.partial import Partial, forget_partial
 from camopd.plan import Plan
 from camopd.progress import Progress
@@ -102,14 +103,16 @@ class Trainer:
         """
         recipe = plan.recipe
         torch.manual_seed(seed_of(recipe.seed, "train", number))
-        source = store.fetch(plan.student_uri(number))
-        folder = store.fetch(within) if within else source
-        model = load_model(folder, torch.device("cpu") if current().size > 1 else device())
+        before = plan.student_uri(number) if number > 1 else None
+        source = store.fetch(before or plan.tokenizer_uri(recipe.student, store))
+        begun = within or before
+        folder = store.fetch(begun) if begun else None
+        model = load_student(plan, folder, store, torch.device("cpu") if current().size > 1 else device())
         output_head(model)  # refuses a head that the loss does not know
         student = Student(model, recipe.train)
         optimizer = make_optimizer(model, recipe)
-        done = load_state(folder, model, optimizer) if number > 1 or within else 0
-        records = json.loads((folder / STEPS).read_text()) if within else []
+        done = load_state(folder, model, optimizer) if folder else 0
+        records = json.loads((folder / STEPS).read_text()) if folder and within else []
         schedule = plan.schedule(number).advance(len(records))
         assert done == schedule.step, "the checkpoint is not the round before's last step"
         return cls(plan, student, optimizer, source, schedule, records)
@@ -189,7 +192,8 @@ class Trainer:
         """
         used = join(layout.plan_uri(self.plan.run_uri), layout.TEMPLATE)
         template = store.read(used) if store.stat(used) else None
-        taken = snapshot(self.model, self.optimizer, self.schedule, seed=self.plan.recipe.seed, copy=copy)
+        seed, lora = self.plan.recipe.seed, Output.of(self.plan, store)
+        taken = snapshot(self.model, self.optimizer, self.schedule, seed=seed, copy=copy, lora=lora)
         steps = json.dumps(self.records, indent=1) + "\n"
 
         def write(folder: Path, group: Group) -> None:
@@ -230,7 +234,7 @@ def run(round_uri: str, *, store: Store | None = None) -> Manifest:
     run_uri, number = layout.run_and_round(round_uri)
     plan = Plan.load(store, run_uri)
     inputs = {name: store.require(parent(uri)).content_id for name, uri in _tables(plan, number).items()}
-    inputs["student"] = plan.student_id(number, store)
+    inputs |= {"student": plan.student_id(number, store), **plan.base_id}
     uri, config = layout.checkpoint_uri(round_uri), training_config(plan.recipe)
     num_processes = plan.recipe.train.num_processes
     if group.size == 1 and num_processes > 1:
@@ -277,7 +281,8 @@ def updates(plan: Plan, number: int, store: Store, partial: Partial) -> Trainer:
     set_threads(recipe.num_threads, num_processes=group.on_this_machine)
     within = partial.last()
     if group.local_rank == 0:  # once on a machine, before several would at the same time
-        for uri in (plan.student_uri(number), *tables.values(), *([within] if within else [])):
+        domain = plan.weights(recipe.student, store).locations if number == 1 or recipe.train.lora else ()
+        for uri in {*domain, plan.student_uri(number), *tables.values(), *([within] if within else [])}:
             store.fetch(uri)
     group.gather(None)
     trainer = Trainer.load(plan, number, store, within)
@@ -306,7 +311,7 @@ def updates(plan: Plan, number: int, store: Store, partial: Partial) -> Trainer:
 
 def training_config(recipe: Recipe) -> dict[str, Any]:
     """The settings that shape a round's updates."""
-    config = recipe.train.model_dump(mode="json", exclude=set(recipe.train.HOW))
+    config = recipe.train.shaping()
     config |= {"signal": recipe.score.signal, "num_threads": recipe.num_threads}
     scale = {branch.name: branch.scale for branch in recipe.branches}
     return config | {"method": recipe.method, "cycle": Schedule.of(recipe).cycle, "scale": scale}

@@ -19,7 +19,7 @@ from camopd.engines.transformers import response_hidden, token_batches
 from camopd.errors import UnhealthyRunError
 from camopd.losses import Full, Sampled, Statistics, Terms, TopK, chunked_objective, token_weights
 from camopd.presets import presets
-from camopd.student import Student, whole
+from camopd.student import Student, learning, whole
 
 Row = Mapping[str, Any]
 
@@ -27,7 +27,7 @@ Row = Mapping[str, Any]
 def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.AdamW:
     train = recipe.train
     return torch.optim.AdamW(
-        model.parameters(),
+        learning(model).values(),
         lr=train.learning_rate,
         betas=(train.beta1, train.beta2),
         weight_decay=train.weight_decay,

@@ -286,8 +286,8 @@ def _prefetch(round_uri: str, store: Store) -> None:
             for branch in plan.active_branches(number)
             if store.manifest(layout.score_uri(round_uri, branch.name)) is None
         ]
-        for uri in dict.fromkeys((plan.student_uri(number), *teachers)):
-            store.prefetch(uri)
+        for place in plan.places((plan.student_uri(number), *teachers), store):
+            store.prefetch(place)
 
 
 def run(recipe: str, parameters: Mapping[str, Any] | None = None, *, store: Store | None = None) -> Done:

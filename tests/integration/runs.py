@@ -65,6 +65,5 @@ def checkpoints(run_uri: str, store: Store | None = None) -> list[Manifest]:
 
 def weights(run_uri: str, store: Store | None = None) -> list[str]:
     """sha256 of each round's weights."""
-    return [
-        file.sha256 for manifest in checkpoints(run_uri, store) for file in manifest.files if file.name == "model.safetensors"
-    ]
+    names = ("model.safetensors", "adapter_model.safetensors")
+    return [file.sha256 for manifest in checkpoints(run_uri, store) for file in manifest.files if file.name in names]

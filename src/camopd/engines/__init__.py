@@ -142,6 +142,8 @@ def load_engine(
     batch_tokens: int,
     max_length: int,
     vllm: VLLM | None = None,
+    adapter: Path | None = None,
+    adapters: Sequence[Path] = (),
     replicas: int = 1,
     sleeps: bool = False,
 ) -> Engine:
@@ -155,6 +157,8 @@ def load_engine(
         batch_tokens: padded tokens of one scoring pass.
         max_length: longest sequence, prompt and response together; vLLM sizes its cache by it.
         vllm: the recipe's table of that name; None is its defaults.
+        adapter: local folder of a LoRA adapter that the model is to have.
+        adapters: those that vLLM is to have at hand (``camopd.engines.shared``).
         replicas: copies of the model in processes of their own, which share the work; each has its own GPUs.
         sleeps: a vLLM engine that shares its device with a trainer, see ``camopd.engines.colocated``.
 
@@ -174,14 +178,24 @@ def load_engine(
     if replicas > 1:
         from camopd.engines.replicas import Replicas
 
-        engine = {"name": name, "path": str(path), "max_length": max_length, "vllm": settings.model_dump(mode="json")}
+        place = {"path": str(path), "adapter": str(adapter) if adapter else None}
+        engine = {"name": name, **place, "max_length": max_length, "vllm": settings.model_dump(mode="json")}
         return Replicas(replicas, settings.tensor_parallel_size if name == "vllm" else 1, engine | limits)
     if name == "transformers":
-        from camopd.engines.transformers import TransformersEngine, load_model
+        from camopd.engines.shared import engines_over
+        from camopd.engines.transformers import load_model
 
-        return TransformersEngine(load_model(path), **limits)
-    from camopd.engines.colocated import ColocatedVllm
+        return engines_over(load_model(path), {"": adapter}, **limits)[""]
+    if sleeps:
+        from camopd.engines.colocated import ColocatedVllm
+
+        return ColocatedVllm(path, **limits, max_length=max_length, settings=settings)
     from camopd.engines.vllm import VllmEngine
 
-    make = ColocatedVllm if sleeps else VllmEngine
-    return make(path, **limits, max_length=max_length, settings=settings)
+    at_hand = (adapter,) if adapter else adapters
+    served = VllmEngine(path, **limits, max_length=max_length, settings=settings, adapters=at_hand)
+    if adapter is None:
+        return served
+    from camopd.engines.vllm_lora import VllmAdapter
+
+    return VllmAdapter(served, 1, adapter)

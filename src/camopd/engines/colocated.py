@@ -16,6 +16,7 @@ from camopd.errors import EngineError
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.exceptions import EngineDeadError
 
 
@@ -63,9 +64,9 @@ class ColocatedVllm(VllmEngine):
             self._asleep = True
         self._engine.sleep(level=2)  # not after an error: vLLM may be what died
 
-    def _answers(self, requests: Mapping[int, Request]) -> Iterator[tuple[int, RequestOutput]]:
+    def _answers(self, requests: Mapping[int, Request], lora: LoRARequest | None) -> Iterator[tuple[int, RequestOutput]]:
         assert not self._asleep, "its weights may be anything; see awake"
-        yield from super()._answers(requests)
+        yield from super()._answers(requests, lora)
 
     def _start_smaller(self, error: EngineDeadError) -> None:
         """A new start would come up with the weights of the first one."""

@@ -108,7 +108,9 @@ def _load(settings: Mapping[str, Any]) -> Engine:
 
     set_threads(settings["num_threads"])
     options = dict(settings["engine"])
-    return load_engine(options.pop("name"), Path(options.pop("path")), vllm=VLLM(**options.pop("vllm")), **options)
+    adapter = options.pop("adapter", None)
+    options |= {"adapter": Path(adapter) if adapter else None, "vllm": VLLM(**options.pop("vllm"))}
+    return load_engine(options.pop("name"), Path(options.pop("path")), **options)
 
 
 def _end_with_parent() -> None:

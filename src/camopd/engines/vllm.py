@@ -30,10 +30,13 @@ os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # for the one token after a s
 
 from vllm import EngineArgs, RequestOutput, SamplingParams
 from vllm.logprobs import FlatLogprobs
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
+
+from camopd.engines.vllm_lora import lora_arguments
 
 LOGITS_MIB = 1024  # float32 logits of one forward pass over a prompt that is scored: vLLM leaves no room for them by itself
 MAX_HALVINGS = 3  # restarts with half the tokens before a scoring that dies is given up
@@ -56,6 +59,7 @@ class VllmEngine:
         batch_tokens: tokens scored at once, in one batch of requests and in one forward pass.
         max_length: longest sequence, prompt and response together; the cache is sized by it.
         settings: the recipe's ``vllm`` table.
+        adapters: local folders of the LoRA adapters over it that requests may name (``camopd.engines.vllm_lora``).
 
     Raises:
         EngineError: vLLM does not start with this model and these settings.
@@ -73,7 +77,9 @@ class VllmEngine:
         batch_tokens: int,
         max_length: int,
         settings: VLLM,
+        adapters: Sequence[Path] = (),
     ) -> None:
+        self._adapters = adapters
         self._path, self._vocab_size, self._settings = path, vocab_size, settings
         self._batch_size, self._batch_tokens, self._halvings = batch_size, batch_tokens, 0
         self._max_length = max_length
@@ -100,6 +106,7 @@ class VllmEngine:
             disable_log_stats=True,
             enable_sleep_mode=self.sleeps and current_platform.is_sleep_mode_available(),
             **self._settings.model_dump(),
+            **lora_arguments(self._adapters),
         )
         others = set(psutil.Process().children(recursive=True))
         try:
@@ -134,6 +141,7 @@ class VllmEngine:
         max_new_tokens: int,
         eos_ids: Sequence[int],
         top_k: int = 0,
+        lora: LoRARequest | None = None,
     ) -> Iterator[tuple[int, Sample]]:
         """As ``Engine.sample``, but ``Sample.entropy`` is an estimate from the drawn tokens: vLLM gives no distribution.
 
@@ -160,7 +168,7 @@ class VllmEngine:
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         }
         try:
-            for index, output in self._answers(requests):
+            for index, output in self._answers(requests, lora):
                 answer = output.outputs[0]
                 assert isinstance(answer.logprobs, FlatLogprobs), "as asked for"
                 assert answer.finish_reason, "finished"
@@ -181,6 +189,7 @@ class VllmEngine:
         top_k: int = 0,
         ids: Sequence[NDArray[np.int32]] | None = None,
         hidden: bool = False,
+        lora: LoRARequest | None = None,
     ) -> Iterator[tuple[int, Scores]]:
         """As ``Engine.score``, without ``ids`` and ``hidden``, which a recipe with this engine cannot ask for.
 
@@ -204,7 +213,8 @@ class VllmEngine:
         while waiting:
             batch = waiting.popleft()
             try:
-                found = dict(self._answers({i: ([*map(int, prompts[i]), *map(int, responses[i])], params) for i in batch}))
+                asked = {i: ([*map(int, prompts[i]), *map(int, responses[i])], params) for i in batch}
+                found = dict(self._answers(asked, lora))
             except EngineDeadError as error:
                 self._start_smaller(error)
                 half = (len(batch) + 1) // 2
@@ -228,11 +238,11 @@ class VllmEngine:
             )
         return lengths
 
-    def _answers(self, requests: Mapping[int, Request]) -> Iterator[tuple[int, RequestOutput]]:
+    def _answers(self, requests: Mapping[int, Request], lora: LoRARequest | None) -> Iterator[tuple[int, RequestOutput]]:
         """Run requests to their end, and give each as it ends. Results are joined by id, never by order."""
         engine, open_ids = self._engine, set(requests)
         for index, (token_ids, params) in requests.items():
-            engine.add_request(str(index), {"prompt_token_ids": token_ids}, params)
+            engine.add_request(str(index), {"prompt_token_ids": token_ids}, params, lora_request=lora)
         try:
             while engine.has_unfinished_requests():
                 for output in engine.step():

@@ -15,8 +15,11 @@ Shapes = Mapping[str, ModelShape]  # by ``student`` and branch
 
 
 def teachers_of(recipe: Recipe, shapes: Shapes) -> dict[str, ModelShape]:
-    """Shape by location of the teachers that the process holds, each model once."""
-    return {recipe.teacher(branch): shapes[branch.name] for branch in recipe.branches if branch.steps}
+    """Shape by location of the teachers that the process holds, each model once; with ``train.lora`` not what lies under the
+    adapter, which is the student's own."""
+    own = (recipe.student, recipe.base) if recipe.train.lora else ()
+    places = {branch.name: recipe.teacher(branch) for branch in recipe.branches if branch.steps}
+    return {place: shapes[name] for name, place in places.items() if place not in own}
 
 
 def phases(recipe: Recipe, shapes: Shapes, given: Assumptions) -> dict[str, dict[str, float]]:
@@ -38,9 +41,10 @@ def phases(recipe: Recipe, shapes: Shapes, given: Assumptions) -> dict[str, dict
     weights = sampling.pop("weights")
     if vllm:
         sampling["sampling copy"] = weights
-    judges = [score_memory(shape, recipe, whole).whole for shape in teachers.values()]
+    judges = [score_memory(shapes[branch.name], recipe, whole).whole for branch in recipe.branches if branch.steps]
     scoring = max(judges, key=lambda parts: sum(parts.values()))
-    gradients = float(FLOAT32 * student.parameters)
+    lora = recipe.train.lora
+    gradients = float(FLOAT32 * (student.parameters if lora is None else student.adapter(lora)))
     held = {"state": state["state"] - gradients, "teachers": float(FLOAT32 * sum(own.parameters for own in teachers.values()))}
     return {"sample": {**held, **sampling}, "score": {**held, **scoring}, "train": {**held, **state, **training}}
 

@@ -14,6 +14,7 @@ from camopd.estimate.assumptions import Assumptions
 from camopd.estimate.shapes import FLOAT32, ModelShape
 
 MIB = 2**20
+FROZEN = FLOAT32  # bytes of a parameter under an adapter that learns
 STATE = 4 * FLOAT32  # bytes of a trained parameter: itself, its gradient and AdamW's two moments, all float32 (update.py)
 LOSS = 5  # times train.logits_mib that the chunked loss takes (losses.chunked_objective; benchmarks/cost.py counts it)
 SCORE_LOGITS = 3 * 64 * MIB  # logits, their log-softmax and one temporary of engines.transformers.LOGITS_MIB
@@ -120,25 +121,32 @@ def passing_parts(shape: ModelShape, recipe: Recipe, given: Assumptions) -> dict
     layer, residual, inner = shape.saved_bytes(width), width * shape.hidden, width * shape.intermediate
     kept, again = (shape.layers * residual, layer) if given.checkpointing else (shape.layers * layer, 0)
     head, exact = width * shape.head, FLOAT32 * shape.head
+    if recipe.train.lora is not None:  # the output layer is frozen
+        head = exact = 0
     loss = max(LOSS * recipe.train.logits_mib * MIB + exact - head, exact if width < FLOAT32 else 0)
-    return {
+    found = {
         "activations": float(tokens * (kept + shape.outer_bytes(width) + 4 * residual)),
         "working": float(max(tokens * (again + inner), loss)),
         "head gradient": float(head),
     }
+    return {name: size for name, size in found.items() if size}
 
 
 def train_parts(shape: ModelShape, recipe: Recipe, given: Assumptions) -> tuple[dict[str, float], dict[str, float]]:
     """What an update holds: divided by FSDP, and on each GPU.
 
-    Divided: the state, 16 P; gradients stay from one micro-batch to the next. On each, whichever is larger:
+    Divided: the state, 16 P; gradients stay from one micro-batch to the next. With ``train.lora`` 4 P, and 16 bytes for each
+    parameter of the adapter; nothing else then has a gradient. On each, whichever is larger:
 
     - ``passing_parts``, and gathered: the parameters outside the layers, and two layers with their gradients;
     - at the end, when the activations are gone, last gradients: those of the parameters outside the layers as they were made,
       w, and in float32 to be summed over the GPUs. (With two GPUs, or a tied output layer, up to a fifth more.)
     """
-    width = given.width
-    passing = passing_parts(shape, recipe, given) | {"gathered": float(width * (shape.outside + 4 * shape.block))}
+    width, lora = given.width, recipe.train.lora
+    layers = 4 if lora is None else 2
+    passing = passing_parts(shape, recipe, given) | {"gathered": float(width * (shape.outside + layers * shape.block))}
+    if lora is not None:
+        return {"state": float(FROZEN * shape.parameters + STATE * shape.adapter(lora))}, passing
     ending = {"last gradients": float((FLOAT32 + width) * shape.outside)}
     return {"state": float(STATE * shape.parameters)}, _larger(passing, ending)
 
@@ -147,12 +155,14 @@ def alone_parts(shape: ModelShape, recipe: Recipe, given: Assumptions) -> dict[s
     """What an update holds beside its state on one GPU alone, which needs no FSDP (student.py).
 
     In bfloat16 there is a rounded copy of all parameters, P w, whose gradients are widened to float32 at the very end: all of
-    them wait for that, P w, and the largest one is there in either type.
+    them wait for that, P w, and the largest one is there in either type. Frozen ones have none.
     """
     passing = passing_parts(shape, recipe, given)
     if given.width == FLOAT32:
         return passing
     rounded = {"rounded weights": float(given.width * shape.parameters)}
+    if recipe.train.lora is not None:
+        return rounded | passing
     ending = {"their gradients": float(given.width * shape.parameters), "last gradient": float(FLOAT32 * shape.head)}
     return rounded | _larger(passing, ending)
 

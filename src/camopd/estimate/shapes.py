@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from camopd.adapters import RANK
 from camopd.errors import InputError, Problem
+from camopd.recipe.sections import Lora
 
 # Dense decoders with a gated MLP (transformers 5.24, modeling_<type>.py). qwen2 has biases on queries, keys and values whatever
 # its configuration says; the others have them, and one on the attention's output, with ``attention_bias``.
@@ -91,6 +93,17 @@ class ModelShape:
     def outside(self) -> int:
         """Parameters that belong to no layer."""
         return self.parameters - self.layers * self.block
+
+    def adapter(self, lora: Lora | None) -> int:
+        """Parameters of a LoRA adapter: rank (in + out) of each layer's matrix that has one. A part of the layers counts as
+        all, and where the recipe names no rank, ``adapters.RANK`` stands for the given adapter's."""
+        if lora is None:
+            return 0
+        wide, mlp = self.hidden + self.query, self.hidden + self.intermediate
+        sizes = {"q_proj": wide, "o_proj": wide, "gate_proj": mlp, "up_proj": mlp, "down_proj": mlp}
+        sizes |= dict.fromkeys(("k_proj", "v_proj"), self.hidden + self.key)
+        chosen = {target.rpartition(".")[2] for target in lora.targets or sizes}
+        return (lora.rank or RANK) * self.layers * sum(size for name, size in sizes.items() if name in chosen)
 
     # --- Operations -------------------------------------------------------------------------------------------------------
 

@@ -25,8 +25,8 @@ def model_shapes(recipe: Recipe, given: Mapping[str, str]) -> tuple[dict[str, Mo
     """The shape of the student and of each branch's teacher, and where each comes from.
 
     In this order: the file given for it; config.json in its folder, where that is on this machine; the shipped one of the
-    model's name (the last part of its location). A model for which there is none counts as the first one that has one: all are
-    of one architecture (method section 1).
+    model's name (the last part of its location); that of ``base``, since adapters have none. A model for which there is none
+    counts as the first one that has one: all are of one architecture (method section 1).
 
     Args:
         recipe: the recipe.
@@ -41,7 +41,8 @@ def model_shapes(recipe: Recipe, given: Mapping[str, str]) -> tuple[dict[str, Mo
         what = f"{unknown[0]!r} is neither student nor a branch; the names are {', '.join(locations)}"
         raise InputError([Problem("--config", what)])
     by_place = {locations[name]: Path(path).expanduser() for name, path in given.items()}
-    files = {location: by_place.get(location) or _known(location) for location in dict.fromkeys(locations.values())}
+    base = _known(recipe.base) if recipe.base else None  # of adapters, which have no config.json
+    files = {place: by_place.get(place) or _known(place) or base for place in dict.fromkeys(locations.values())}
     shapes = {location: _read(path) for location, path in files.items() if path is not None}
     if not shapes:
         what = f"neither {recipe.student} nor a teacher has a config.json on this machine"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from camopd.config import Recipe
 from camopd.estimate.assumptions import Lengths
 from camopd.estimate.shapes import FLOAT32, ModelShape
+from camopd.recipe.sections import Lora
 from camopd.records import schemas
 from camopd.rollout import asks_student
 
@@ -56,6 +57,9 @@ def table_bytes(recipe: Recipe, samples: Mapping[str, int], lengths: Mapping[str
     return found
 
 
-def checkpoint_bytes(shape: ModelShape) -> int:
-    """Of one checkpoint: 12 P, without the tokenizer's files."""
-    return CHECKPOINT * shape.parameters
+def checkpoint_bytes(shape: ModelShape, lora: Lora | None = None) -> int:
+    """Of one checkpoint, without the tokenizer's files: 12 P, or 12 bytes for each parameter of an adapter that learns, and 4 P
+    more where it is merged."""
+    if lora is None:
+        return CHECKPOINT * shape.parameters
+    return CHECKPOINT * shape.adapter(lora) + FLOAT32 * shape.parameters * (lora.output == "merged")

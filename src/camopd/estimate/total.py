@@ -123,7 +123,7 @@ def estimate(recipe: Recipe, shapes: Mapping[str, ModelShape], lengths: Mapping[
         tokens={name: branch_tokens(count, lengths[name]) for name, count in samples.items()},
         work=tuple(stage_work(recipe, shapes, samples, lengths, memory, active, given)),
         tables=storage.table_bytes(recipe, samples, lengths),
-        checkpoints=storage.checkpoint_bytes(student) * recipe.num_rounds,
+        checkpoints=storage.checkpoint_bytes(student, recipe.train.lora) * recipe.num_rounds,
         pods=pods(recipe, active),
         object_bytes=check_pods(recipe, active),
         price=given.price,
@@ -173,7 +173,8 @@ def stage_work(
             found.append(rollout_work(sampler, recipe, name, count, own, together, given))
         if not served:
             found.append(score_work(shapes[name], name, count, own, given))
-        found.append(train_work(shapes[STUDENT], name, count, own, given, judge=judge))
+        frozen = recipe.train.lora is not None
+        found.append(train_work(shapes[STUDENT], name, count, own, given, judge=judge, frozen=frozen))
     stages = [
         replace(stage, gpus=_together(stage.name, (memory.get(stage.name) or memory["recover"]).gpus, recipe))
         for stage in sorted(found, key=lambda stage: ("rollout", "score", "train").index(stage.name))

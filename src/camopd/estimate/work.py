@@ -101,14 +101,19 @@ def forward_flops(shape: ModelShape, tokens: float, pairs: float, predicted: flo
     return shape.token_flops * tokens + shape.pair_flops * pairs + shape.head_flops * predicted
 
 
-def train_flops(shape: ModelShape, tokens: float, pairs: float, predicted: float, *, checkpointing: bool) -> float:
+def train_flops(
+    shape: ModelShape, tokens: float, pairs: float, predicted: float, *, checkpointing: bool, frozen: bool = False
+) -> float:
     """Forward and backward pass of an update: matrices 3 times the forward, attention 3.5 times, and each once more with
     checkpointing; the output layer 3 times, since the chunked loss computes nothing twice (losses.py). torch stops short of
-    each layer's last product when it computes again, I D of its matrices, which is counted here all the same."""
-    again = int(checkpointing)
-    matrices = (1 + BACKWARD_MATRIX + again) * shape.token_flops * tokens
+    each layer's last product when it computes again, I D of its matrices, which is counted here all the same.
+
+    Frozen under an adapter, matrices and output layer have no gradient of their own: once less. The adapter is left out.
+    """
+    again, matrix = int(checkpointing), BACKWARD_MATRIX - int(frozen)
+    matrices = (1 + matrix + again) * shape.token_flops * tokens
     attention = (1 + BACKWARD_ATTENTION + again) * shape.pair_flops * pairs
-    return matrices + attention + (1 + BACKWARD_MATRIX) * shape.head_flops * predicted
+    return matrices + attention + (1 + matrix) * shape.head_flops * predicted
 
 
 # --- Stages ---------------------------------------------------------------------------------------------------------------
@@ -160,11 +165,19 @@ def score_work(shape: ModelShape, branch: str, samples: int, lengths: Lengths, g
 
 
 def train_work(
-    shape: ModelShape, branch: str, samples: int, lengths: Lengths, given: Assumptions, *, judge: ModelShape | None = None
+    shape: ModelShape,
+    branch: str,
+    samples: int,
+    lengths: Lengths,
+    given: Assumptions,
+    *,
+    judge: ModelShape | None = None,
+    frozen: bool = False,
 ) -> Stage:
     """Forward and backward pass over the selected samples; with the full signal the logits of ``judge`` come on top."""
     length = lengths.prompt + lengths.response - 1
-    own = train_flops(shape, length, causal_pairs(length), lengths.response, checkpointing=given.checkpointing)
+    pairs, again = causal_pairs(length), given.checkpointing
+    own = train_flops(shape, length, pairs, lengths.response, checkpointing=again, frozen=frozen)
     trained = samples * lengths.kept
     flops = trained * (own + (judge.head_flops if judge else 0) * lengths.response)
     return Stage("train", branch, trained * length, flops, flops / given.flops)

@@ -24,10 +24,11 @@ _HEAD = "lm_head.weight"
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 _DTYPE_BITS = {"F4": 4, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16}
 _DTYPE_BITS |= {"BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64}
+PICKLE = "pickle files can run code when they are loaded"
 _OTHER_FORMATS = {
-    ".bin": "pickle files can run code when they are loaded",
-    ".pt": "pickle files can run code when they are loaded",
-    ".pth": "pickle files can run code when they are loaded",
+    ".bin": PICKLE,
+    ".pt": PICKLE,
+    ".pth": PICKLE,
     ".gguf": "GGUF files are quantised for inference and cannot be trained",
 }
 
@@ -55,7 +56,7 @@ def check_weights(store: Store, uri: str, *, tied: bool) -> tuple[Shapes, list[P
     """
     files = {file.name: file for file in store.list(uri)}
     if SINGLE in files:
-        shapes, problems = _check_file(store, uri, files[SINGLE])
+        shapes, problems = check_file(store, uri, files[SINGLE])
         named: Iterable[str] = shapes
     elif INDEX in files:
         shapes, named, problems = _check_sharded(store, uri, files, tied=tied)
@@ -98,7 +99,7 @@ def _check_sharded(
         elif shard not in files:
             problems.append(Problem(join(uri, shard), f"is missing, although {INDEX} names it", AGAIN))
         else:
-            held[shard], found = _check_file(store, uri, files[shard])
+            held[shard], found = check_file(store, uri, files[shard])
             shapes |= held[shard]
             problems += found
     for key, shard in wanted.items():
@@ -107,10 +108,11 @@ def _check_sharded(
     return shapes, wanted, problems
 
 
-def _check_file(store: Store, uri: str, file: FileInfo) -> tuple[Shapes, list[Problem]]:
+def check_file(store: Store, uri: str, file: FileInfo) -> tuple[Shapes, list[Problem]]:
+    """The shapes that a safetensors file's header tells, and what is wrong with it."""
     where = join(uri, file.name)
     try:
-        header, length = _read_header(store, where, file.size)
+        header, length = read_header(store, where, file.size)
         shapes, end = _layout(header)
         expected = 8 + length + end
         if expected != file.size:
@@ -120,7 +122,7 @@ def _check_file(store: Store, uri: str, file: FileInfo) -> tuple[Shapes, list[Pr
     return shapes, []
 
 
-def _read_header(store: Store, uri: str, size: int) -> tuple[dict[str, Any], int]:
+def read_header(store: Store, uri: str, size: int) -> tuple[dict[str, Any], int]:
     """The header and its length in bytes. Raises ValueError with the reason."""
     start = store.read(uri, 0, min(size, 256))
     if start.startswith(b"version https://git-lfs"):
@@ -199,7 +201,7 @@ class ModelFacts:
 
 def copy_small_files(store: Store, uri: str, folder: Path) -> None:
     """Bring configuration, tokenizer and templates to a local folder; weights stay where they are."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for file in store.list(uri):
         if Path(file.name).suffix in (".json", ".jinja", ".txt", ".model") and "/" not in file.name:
             (folder / file.name).write_bytes(store.read(join(uri, file.name)))

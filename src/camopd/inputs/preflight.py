@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from camopd.adapters import tokenizer_folder, weights_at
 from camopd.config import Branch, Recipe
 from camopd.errors import InputError, Problem, StoreError
+from camopd.inputs.adapter_checks import check_adapter, check_lora
 from camopd.inputs.checks import (
     ModelFacts,
     check_same_architecture,
@@ -77,7 +79,7 @@ class Models:
         return self.eos_ids[0] if own is None else own
 
 
-def check_models(named: Mapping[str, str], store: Store, scratch: Path, found: Findings) -> Models:
+def check_models(named: Mapping[str, str], store: Store, scratch: Path, found: Findings, recipe: Recipe) -> Models:
     """Files, headers, configuration and tokenizer of each model, and whether the teachers are of the student's kind.
 
     Args:
@@ -85,19 +87,28 @@ def check_models(named: Mapping[str, str], store: Store, scratch: Path, found: F
         store: where they lie.
         scratch: takes their small files.
         found: takes what is wrong.
+        recipe: tells the base of adapters, and what is to be done with the models.
     """
     read: list[ModelFacts] = []
     tokenizers: dict[str, PreTrainedTokenizerFast] = {}
+    vllm = recipe.rollout.engine == "vllm"
     for number, (where, uri) in enumerate(named.items()):
         folder = scratch / str(number)
         try:
-            copy_small_files(store, uri, folder)
+            weights = weights_at(uri, store, recipe.base)
+            copy_small_files(store, weights.base, folder)
+            if tokenizer_folder(weights, store) != weights.base:
+                copy_small_files(store, uri, folder)
             facts, problems = read_facts(where, uri, folder)
-            shapes, damage = check_weights(store, uri, tied=facts is None or facts.tied)
+            shapes, damage = check_weights(store, weights.base, tied=facts is None or facts.tied)
+            if weights.adapter is not None:
+                damage += check_adapter(where, weights, store, shapes, vllm=vllm)
+            if where == "student" and recipe.train.lora is not None:
+                damage += check_lora(recipe.train.lora, weights, store, shapes, vllm=vllm)
         except StoreError as error:
             found.problems.append(Problem(where, str(error)))
             continue
-        found.problems += problems + damage
+        found.problems += [problem for problem in problems + damage if problem not in found.problems]
         if facts is None:
             continue
         read.append(facts)

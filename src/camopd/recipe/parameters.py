@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from camopd.errors import Problem
 from camopd.recipe.document import KeyPath
@@ -71,20 +72,32 @@ def apply_parameters(
 def dotted_keys(recipe: type[BaseModel], branch: type[BaseModel], branch_names: Sequence[str]) -> dict[str, KeyPath]:
     """Every key that can be set: ``{"train.learning_rate": ("train", "learning_rate"), "branches.general.mass": ...}``."""
     keys: dict[str, KeyPath] = {}
-    for name, field in recipe.model_fields.items():
-        section = field.annotation
-        if name == "branches":
+    for path in _key_paths(recipe):
+        if path == ("branches",):
             rows = [
                 (f"branches.{entry}.{key}", ("branches", i, key))
                 for i, entry in enumerate(branch_names)
                 for key in branch.model_fields
             ]
             keys.update(rows)
-        elif isinstance(section, type) and issubclass(section, BaseModel):
-            keys.update({f"{name}.{key}": (name, key) for key in section.model_fields})
         else:
-            keys[name] = (name,)
+            keys[".".join(map(str, path))] = path
     return keys
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The table that a setting is, whether it may be left out or not; None where it is a value."""
+    choices = get_args(field.annotation) or (field.annotation,)
+    return next((kind for kind in choices if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _key_paths(table: type[BaseModel], path: KeyPath = ()) -> Iterator[KeyPath]:
+    for name, field in table.model_fields.items():
+        section = None if name == "branches" else section_of(field)
+        if section is None:
+            yield (*path, name)
+        else:
+            yield from _key_paths(section, (*path, name))
 
 
 def _target(parameter: str, keys: Mapping[str, KeyPath], branches: list[dict[str, Any]]) -> KeyPath | Problem:

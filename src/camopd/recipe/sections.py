@@ -120,12 +120,28 @@ class Score(Section):
     batch_tokens: Int = Field(16384, ge=1, description="Padded tokens in one forward pass.")
 
 
+class Lora(Section):
+    """An adapter that learns in place of the weights. An adapter that is the domain model goes on learning; over a whole domain
+    model a new one begins, as nothing. The defaults are ours: the paper trains all weights."""
+
+    rank: Int | None = Field(None, ge=1, description="Of the two matrices; none: the given adapter's, or 16.")
+    alpha: Float | None = Field(None, gt=0, description="The product counts alpha / rank; none: the given one's, or 2 rank.")
+    targets: Names | None = Field(
+        None, min_length=1, description="Ends of the names of layers that get one; none: the given one's, or all linear layers."
+    )
+    output: Literal["adapter", "merged"] = Field(
+        "adapter", description="A checkpoint is the adapter alone, or a whole model with it merged in."
+    )
+
+
 class Train(Section):
     """The updates. eps_lo, eps_hi and the optimiser's details are unpublished: the defaults are ours (method section 2)."""
 
     HOW: ClassVar[frozenset[str]] = frozenset(  # leave the weights as they are
         {"num_processes", "activation_checkpointing", "checkpoint_every"}
     )
+
+    lora: Lora | None = Field(None, description="Train an adapter, all weights frozen; none trains all weights.")
 
     learning_rate: Float = Field(2e-6, gt=0, description="AdamW step size, constant.")
     weight_decay: Float = Field(0.0, ge=0, description="AdamW decoupled weight decay.")
@@ -155,6 +171,10 @@ class Train(Section):
         if low is not None and low >= high:
             raise ValueError(f"ratio_high {high} must be above ratio_low {low}")
         return high
+
+    def shaping(self) -> dict[str, Any]:
+        """What shapes the weights. A run without an adapter has the id it had before there were any."""
+        return self.model_dump(mode="json", exclude={*self.HOW, *({"lora"} if self.lora is None else ())})
 
 
 class Evaluate(Section):
