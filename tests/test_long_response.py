@@ -100,7 +100,6 @@ def foreseen(shape: ModelShape, recipe: Recipe) -> float:
         (1, 4000, False, "bfloat16"),
         (2, 4000, True, "bfloat16"),
         (8, 4000, False, "bfloat16"),
-        (8, 120, True, "bfloat16"),
         (4, 2000, True, "float32"),
     ],
 )

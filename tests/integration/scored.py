@@ -22,7 +22,7 @@ def scored_run(output: Path) -> Path:
     run_uri = workflow.prepare("micro", {**wish, "output": str(output)}).uri
     round_uri = layout.round_uri(run_uri, 1)
     for score_uri in workflow.rollout(round_uri).score_uris:
-        workflow.score(round_uri, score_uri.rpartition("/score-")[2])
+        workflow.score(score_uri)
     workflow.select(round_uri)
     return Path(run_uri)
 
