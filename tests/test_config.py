@@ -510,6 +510,10 @@ def test_updates_of_a_recovery_in_one_process_are_done_by_one() -> None:
         load_recipe(MINIMAL, wish)
     assert len(caught.value.problems) == 1
     assert load_recipe(MINIMAL, {"execution": "colocated", "train.precision": "bfloat16"}).train.precision == "bfloat16"
+    adapter = {"execution": "colocated", "train.lora.rank": 8}
+    assert load_recipe(MINIMAL, adapter).train.lora.rank == 8
+    with pytest.raises(InputError, match="lora with execution colocated samples from the adapter in training"):
+        load_recipe(MINIMAL, {**adapter, "rollout.engine": "vllm"})
 
 
 def test_shards_without_a_batch_are_named() -> None:

@@ -311,12 +311,12 @@ def test_teachers_that_are_the_student_s_base_take_no_memory_of_their_own() -> N
     shapes = dict.fromkeys(("student", "general", "domain"), shape_of("Qwen3-4B-Instruct-2507"))
 
     def held(**more) -> dict[str, float]:
-        recipe = recipe_of(execution="colocated", **more)
-        return estimate(recipe, shapes, typical_lengths(recipe), Assumptions()).memory["recover"].sharded
+        recipe = recipe_of(execution="colocated", **{"rollout.engine": "transformers", **more})
+        return estimate(recipe, shapes, typical_lengths(recipe), Assumptions()).memory["recover"].whole
 
     shape = shapes["student"]
-    assert held()["teachers"] == 2 * 2 * shape.parameters
-    assert held(**{"train.lora.rank": 16})["teachers"] == 2 * shape.parameters
+    assert held()["teachers"] == 2 * 4 * shape.parameters
+    assert held(**{"train.lora.rank": 16})["teachers"] == 4 * shape.parameters
     base = recipe_of().teacher(recipe_of().branch("general"))
     assert held(**{"train.lora.rank": 16, "base": base})["teachers"] == 0
 

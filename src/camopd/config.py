@@ -199,8 +199,8 @@ class Recipe(Section):
             )
         if train.lora and info.data.get("execution") == "colocated" and info.data.get("rollout", Rollout()).engine == "vllm":
             raise ValueError(
-                "lora with execution colocated samples from the adapter in training, which engine vllm does not have: use engine "
-                "transformers, or execution staged"
+                "lora with execution colocated samples from the adapter in training, which engine vllm does not have: use "
+                "engine transformers, or execution staged"
             )
         return train
 

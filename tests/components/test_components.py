@@ -15,7 +15,7 @@ import components
 
 NAMES = sorted(module.name for module in pkgutil.iter_modules(components.__path__))
 MODULES = [importlib.import_module(f"components.{name}") for name in NAMES]
-WITH_TORCH = {"evaluate", "rollout", "score", "train"}
+WITH_TORCH = {"evaluate", "recover", "rollout", "score", "train"}
 FUNCTIONS = {name: getattr(module, name).python_func for name, module in zip(NAMES, MODULES, strict=True)}
 
 
