@@ -135,8 +135,8 @@ def content_of(root: Path) -> Sequence[tuple[str, Path]]:
 def _remove_leftovers(root: Path, names: Collection[str]) -> None:
     """Delete what a killed attempt left below an unfinished prefix and this one does not write.
 
-    Whoever opens the folder would take it for content. Hidden names, finished prefixes below this one, and what is behind a link
-    to a folder are not its own.
+    Whoever opens the folder would take it for content. Hidden names, finished prefixes below this one, and what is behind a
+    link to a folder are not its own.
     """
     for above, folders, files in os.walk(root):
         here = Path(above)
