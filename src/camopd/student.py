@@ -131,10 +131,9 @@ def agree(model: PreTrainedModel) -> None:
     form = {name: list(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     attention, first = current().gather([model.config._attn_implementation, form])[0]
     if form != first:
-        name, rank = model.config.name_or_path, current().rank
         raise WorkerError(
-            f"{name} has other tensors on process {rank + 1} than on the first; if config.json ties some that differ in the files, "
-            "set tie_word_embeddings to false there"
+            f"{model.config.name_or_path} has other tensors on process {current().rank + 1} than on the first; "
+            "if config.json ties some that differ in the files, set tie_word_embeddings to false there"
         )
     model.set_attn_implementation(attention)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def load_model(path: Path, where: torch.device | None = None) -> PreTrainedModel
         InputError: parameters that are missing, NaN or infinite, named.
     """
     where = where or device()
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=torch.float32,
         local_files_only=True,
@@ -55,7 +55,8 @@ def load_model(path: Path, where: torch.device | None = None) -> PreTrainedModel
         output_loading_info=True,
         device_map="meta" if where.type == "meta" else None,
     )
-    bad = {name: "is in none of the files, and would be random" for name in sorted(found["missing_keys"])}
+    model, found = loaded
+    bad = dict.fromkeys(sorted(found["missing_keys"]), "is in none of the files, and would be random")
     if where.type == "meta":
         model.tie_weights()  # left undone without values to compare, where the files have both
     else:
