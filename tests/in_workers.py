@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from camopd import plan as layout
-from camopd import train
+from camopd import train as training
 from camopd.checkpoint import load_state
 from camopd.config import Branch, Recipe
 from camopd.engines.transformers import load_model
@@ -101,14 +101,14 @@ def loaded(cases: Sequence[tuple[str, dict[str, Any]]]) -> list[list[Any]]:
         read.append(sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta))
         return model
 
-    train.load_student = counted  # this process is the test's own
+    training.load_student = counted  # this process is the test's own
     for student, settings in cases:
         model = Trainer.load(make_plan("/runs/x", student, "topk", settings), 1, Store()).model
         seen = hashlib.sha256(model.config._attn_implementation.encode())
         for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
             seen.update(f"{name} {tensor.requires_grad}".encode() + whole(tensor).detach().numpy().tobytes())
         found.append(current().gather([read[-1], seen.hexdigest()]))
-    train.load_student = load_student
+    training.load_student = load_student
     return found
 
 
