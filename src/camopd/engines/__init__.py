@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from camopd.errors import InputError, Problem
+from camopd.errors import EngineError, InputError, Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,6 +125,28 @@ def sample_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Groups of indices of at most ``size``, the longest prompts first: little padding, and most memory at once."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def checked_lengths(prompts: Sequence[int], responses: Sequence[int], longest: int, to: str) -> list[int]:
+    """Lengths of whole sequences: one that is refused on its way would end all others with it.
+
+    Args:
+        prompts: length of each prompt.
+        responses: length of each response, or the longest that it may get.
+        longest: sequence that is taken.
+        to: where they go, for the message.
+
+    Raises:
+        EngineError: some are empty or too long.
+    """
+    lengths = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    bad = [i for i, whole in enumerate(lengths) if not (prompts[i] and responses[i] and whole <= longest)]
+    if bad:
+        raise EngineError(
+            f"{len(bad)} of {len(lengths)} sequences cannot go to {to}, the first with {prompts[bad[0]]} prompt and "
+            f"{responses[bad[0]]} response tokens: both must have one at least, and together at most {longest}"
+        )
+    return lengths
 
 
 def import_engine(name: str) -> None:

@@ -18,7 +18,7 @@ import psutil
 from numpy.typing import NDArray
 
 from camopd.config import VLLM
-from camopd.engines import Sample, Scores, TokenIds, token_batches
+from camopd.engines import Sample, Scores, TokenIds, checked_lengths, token_batches
 from camopd.errors import EngineError, InputError, Problem
 from camopd.losses import rows_at_once
 
@@ -149,7 +149,7 @@ class VllmEngine:
         Raises:
             EngineError: prompts that are empty or leave no room, before any is sampled; or vLLM died.
         """
-        self._check([len(prompt) for prompt in prompts], [max_new_tokens] * len(prompts))
+        checked_lengths([len(prompt) for prompt in prompts], [max_new_tokens] * len(prompts), self._max_length, "vLLM")
         top_k = min(top_k, self._vocab_size)
         requests = {
             index: (
@@ -201,7 +201,7 @@ class VllmEngine:
         """
         if ids is not None or hidden:
             raise ValueError("vLLM neither scores given ids nor gives hidden states; use the transformers engine")
-        lengths = self._check(list(map(len, prompts)), list(map(len, responses)))
+        lengths = checked_lengths(list(map(len, prompts)), list(map(len, responses)), self._max_length, "vLLM")
         top_k = min(top_k, self._vocab_size)
         params = SamplingParams(
             max_tokens=1,
@@ -227,17 +227,6 @@ class VllmEngine:
                 start = len(prompts[index]) - 1  # a row of each token but the first, which nothing predicts
                 own, topk_ids, topk_logprobs = columns(given, top_k)
                 yield index, Scores(own[start:], topk_ids[start:], topk_logprobs[start:])
-
-    def _check(self, prompts: Sequence[int], responses: Sequence[int]) -> list[int]:
-        """Lengths of whole sequences, given those of their parts: one that vLLM refuses would end all others with it."""
-        lengths = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        bad = [i for i, whole in enumerate(lengths) if not (prompts[i] and responses[i] and whole <= self._max_length)]
-        if bad:
-            raise EngineError(
-                f"{len(bad)} of {len(lengths)} sequences cannot go to vLLM, the first with {prompts[bad[0]]} prompt and "
-                f"{responses[bad[0]]} response tokens: both must have one at least, and together at most {self._max_length}"
-            )
-        return lengths
 
     def _answers(self, requests: Mapping[int, Request], lora: LoRARequest | None) -> Iterator[tuple[int, RequestOutput]]:
         """Run requests to their end, and give each as it ends. Results are joined by id, never by order."""
