@@ -31,7 +31,8 @@ def values(name: str, word: str) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_no_dockerfile_names_a_base_itself(name):
     stages = [rest.partition(" AS ")[2] for rest in values(name, "FROM")]
-    assert all(rest.partition(" AS ")[0] in ("${BASE}", *stages) for rest in values(name, "FROM"))
+    assert all(rest.partition(" AS ")[0] in ("${BASE}", "${VARIANT}", *stages) for rest in values(name, "FROM"))
+    assert name != "inference" or {"cpu", "cuda"} < set(stages), "what VARIANT may be"
     assert values(name, "ARG")[0] == "BASE", "declared before the first FROM, and without a default"
 
 
@@ -84,10 +85,11 @@ def test_whatever_is_written_is_written_below_tmp(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_change_in_the_source_comes_after_all_that_is_large(name):
     stages = "\n".join(f"{word} {rest}" for word, rest in instructions(name)).split("FROM ")
-    _, packages, package, last = stages[1:]
+    packages, package, last = stages[2], stages[3], stages[-1]
     assert "COPY src" not in packages
     assert "COPY src" in package
     copied = re.findall(r"COPY (.*)", last)
+    assert "COPY" not in "".join(stages[4:-1])
     assert (copied[0], copied[-1]) == ("--from=packages /opt/camopd /opt/camopd", "--from=package /package /")
 
 

@@ -9,9 +9,9 @@ import pip
 import pytest
 
 from camopd import __version__
-from images.build import run, tag_of
+from images.build import engine_environment, run, tag_of
 from images.lock import pins
-from tests.images.conftest import ENGINE
+from tests.images.conftest import ENGINE, HARDENED
 from tests.integration.runs import SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -154,6 +154,18 @@ def test_the_shipped_recipe_runs_with_nothing_but_the_image(image, inside):
     assert "/tmp/runs/micro-" in text
     if image != "core":
         assert "recovered share" in text
+
+
+@pytest.mark.parametrize("image", ["core"], indirect=True)
+def test_the_shipped_recipe_s_own_output_is_refused_by_the_field_that_mends_it(image):
+    """What a user of the run form sees who leaves `output_uri` as it is: in a pod with a read-only root, `runs` is nowhere."""
+    whole = [ENGINE, "run", "--rm", *HARDENED, tag_of(image), "camopd", "prepare", "micro"]
+    done = subprocess.run(whole, env=engine_environment(ENGINE), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (problem,) = [line.strip() for line in done.stderr.splitlines() if line.startswith("  ")]
+    assert problem.startswith("1. output: /app/runs cannot be written (")
+    assert "Read-only file system" in problem
+    assert problem.endswith(": output_uri in a run form, --set output=... elsewhere")
 
 
 @pytest.mark.parametrize("image", ["core"], indirect=True)
