@@ -14,7 +14,7 @@ import pytest
 from camopd import prepare
 from camopd.config import Recipe
 from camopd.errors import InputError
-from camopd.inputs.preflight import NUM_SHOWN
+from camopd.inputs.encoding import NUM_SHOWN
 from camopd.plan import Plan, plan_uri
 from camopd.records import read_table
 from camopd.store import Store

@@ -88,6 +88,22 @@ def test_sampled_logprobs_and_top_tokens_equal_a_plain_forward_pass(engine, top_
         assert (sample.topk_ids.dtype, sample.topk_logprobs.dtype) == (np.int32, np.float32)
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="each process wants a core of its own")
+def test_a_model_divided_over_two_processes_says_the_same(tmp_path, monkeypatch) -> None:
+    """Tensor parallel: half of the heads and half of the vocabulary each, the mask over the whole."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # vLLM would want a NUMA node for each
+    padded_model().save_pretrained(tmp_path)
+    divided = SETTINGS.model_copy(update={"tensor_parallel_size": 2, "gpu_memory_utilization": 0.3})
+    limits = {"vocab_size": SHARED, "batch_size": 8, "batch_tokens": 24, "max_length": MAX_LENGTH}
+    with closing(load_engine("vllm", tmp_path, **limits, vllm=divided)) as engine:
+        samples, scores = sample_all(engine, top_k=4), dict(engine.score(PROMPTS, RESPONSES, top_k=4))
+    for index, response in [*((i, sample.token_ids) for i, sample in samples.items()), *enumerate(RESPONSES)]:
+        exact = exact_logprobs(PROMPTS[index], response)
+        found = samples[index] if response is samples[index].token_ids else scores[index]
+        assert found.logprobs == pytest.approx(of_tokens(exact, response), abs=1e-4)
+        assert found.topk_ids.tolist() == exact.topk(4).indices.tolist()
+
+
 def test_the_entropy_is_an_estimate_whose_mean_is_right(engine) -> None:
     """First tokens of one prompt: their -log p averages to the entropy of the distribution they come from."""
     exact = exact_logprobs(PROMPTS[0], [0])[0]

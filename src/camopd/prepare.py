@@ -178,13 +178,13 @@ def _write_plan(
     served: Mapping[str, ServedModel],
 ) -> dict[str, Any]:
     """Fill the plan's folder; returns the headline numbers. Raises InputError with the earlier problems and all new ones."""
+    from camopd.inputs.encoding import encode_branches
     from camopd.inputs.preflight import (
         Findings,
         check_fit,
         check_models,
         check_teacher_prompts,
         compare_tokenizers,
-        encode_branches,
         make_encoder,
     )
 
