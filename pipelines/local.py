@@ -38,7 +38,9 @@ REGISTRY = "sqlite:///runs/mlflow.db"
 CONTAINERS_REGISTRY = f"sqlite:///{Path('runs/containers/mlflow.db').absolute()}"  # their users may not write the other one
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 KFP_LINE = re.compile(r"\d\d:\d\d:\d\d\.\d+ - [A-Z]+ - ")
-FAILED_TASK = re.compile(r" - ERROR - Task (?P<task>'[^']+') finished with status FAILURE")
+BEGUN = re.compile(KFP_LINE.pattern + r"Executing task '(?P<task>[^']+)'")
+ENDED = re.compile(KFP_LINE.pattern + r"Task '(?P<task>[^']+)' finished with status (?P<status>[A-Z]+)")
+RAISED = re.compile(rf"(?:{KFP_LINE.pattern}|ERROR:root:)Task \S+ failed with exception: (?P<reason>.*)")
 
 
 def run_form(assignments: Sequence[str]) -> dict[str, str | bool]:
@@ -99,17 +101,39 @@ def follow(process: subprocess.Popen[bytes], tail: Tail, board: Board, console: 
             time.sleep(0.2)
 
 
-def last_words(log: str, count: int = 12) -> list[str]:
-    """The last lines that the first failed task wrote, from the local runner's log.
+def last_words(log: str, count: int = 12) -> tuple[str, list[str]]:
+    """The first task that failed, and the last lines that it wrote, from the local runner's log.
 
-    The tasks that fail after it only refuse to go on without it.
+    The tasks that fail after it only refuse to go on without it. No task, and the log's end, where none of them failed.
     """
     lines = ANSI.sub("", log).splitlines()
-    ends = ((i, found["task"]) for i, line in enumerate(lines) if (found := FAILED_TASK.search(line)))
-    end, task = next(ends, (len(lines), ""))
-    begin = max((i for i, line in enumerate(lines[:end]) if f"Executing task {task}" in line), default=0)
+    end, begin, task = first_failure(lines) or (len(lines), 0, "")
     words = [line for line in lines[begin:end] if line.strip() and not KFP_LINE.match(line)]
-    return textwrap.dedent("\n".join(words[-count:])).splitlines()
+    words = textwrap.dedent("\n".join(words[-count:])).splitlines()
+    raised = RAISED.search(lines[end]) if end < len(lines) else None
+    return task, [*words, raised["reason"]][-count:] if raised else words
+
+
+def first_failure(lines: Sequence[str]) -> tuple[int, int, str] | None:
+    """Last and first line of the first task that failed, and its name.
+
+    Where a task could not be run kfp 2.17 names the turn of the loop in place of the task, maybe after the next turn has begun:
+    it is the one that has begun and does not end.
+    """
+    running, failures, raised = list[tuple[int, str]](), list[tuple[int, int, str]](), list[int]()
+    for number, line in enumerate(lines):
+        if found := BEGUN.search(line):
+            running.append((number, found["task"]))
+        elif found := ENDED.search(line):
+            begun = max((entry for entry in running if entry[1] == found["task"]), default=(0, found["task"]))
+            running = [entry for entry in running if entry != begun]
+            if found["status"] == "FAILURE":
+                failures.append((number, *begun))
+        elif RAISED.search(line):
+            raised.append(number)
+    failures += [(end, *begun) for end, begun in zip(raised, running, strict=False)]
+    failures += [(end, end, "") for end in raised[len(running) :]]  # its output could not be taken: it had ended
+    return min(failures, default=None)
 
 
 # --- Showing --------------------------------------------------------------------------------------------------------------
@@ -117,8 +141,9 @@ def last_words(log: str, count: int = 12) -> list[str]:
 
 def show_failure(log: Path, plan: Plan, store: Store, console: Console) -> None:
     """What the failed task said last, what the run's own record says, and what to do next."""
-    console.print("Last words of the failed task:")
-    for line in last_words(log.read_text(encoding="utf-8")):
+    task, words = last_words(log.read_text(encoding="utf-8"))
+    console.print(f"The task '{task}' failed first. Its last words:" if task else "The pipeline failed. Its last words:")
+    for line in words:
         console.print(f"  {line}")
     console.print("\n" + describe(plan.run_uri, succeeded=False, store=store))
     console.print(f"Log: {log}")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from kfp import dsl, kubernetes
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -25,7 +25,8 @@ _NAME = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"
 _VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 _SECRET = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/[-._a-zA-Z0-9]+$"
 _SECRECY = re.compile(r"(^|_)(SECRET|PASSWORD|TOKEN|CREDENTIALS?|API_KEY|ACCESS_KEY)(_|$)", re.IGNORECASE)
-_OF_A_JOB = {"runtime", "runtime_kind", "resources", "service_account", "queue", "env", "secrets"}
+_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+_OF_A_JOB = {"runtime", "runtime_kind", "resources", "service_account", "queue"}
 
 
 class _Table(BaseModel):
@@ -41,7 +42,40 @@ class Toleration(_Table):
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
 
 
-class Pool(_Table):
+class Shared(_Table):
+    """What all pools may have in common: how their pods reach the store, the registry and their images."""
+
+    env: dict[Annotated[str, Field(pattern=_VARIABLE)], str] = Field(default_factory=dict, description="Variables of the pods.")
+    secrets: dict[Annotated[str, Field(pattern=_VARIABLE)], Annotated[str, Field(pattern=_SECRET)]] = Field(
+        default_factory=dict, description="Variables with the name/key of a Secret; values never leave the cluster."
+    )
+    image_pull_secrets: tuple[Annotated[str, Field(pattern=_NAME)], ...] = Field(
+        default=(), description="Secrets with the registry's credentials."
+    )
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+
+    @model_validator(mode="after")
+    def _each_variable_once(self) -> Self:
+        if twice := sorted(self.env.keys() & self.secrets.keys()):
+            raise ValueError(f"{', '.join(twice)} are in env and in secrets: leave one out")
+        return self
+
+    @field_validator("env", "secrets")
+    @classmethod
+    def _names_are_ours(cls, variables: dict[str, str]) -> dict[str, str]:
+        if taken := sorted(variables.keys() & set(RESERVED)):
+            raise ValueError(f"{', '.join(taken)} are set by the runtime: leave them out")
+        return variables
+
+    @field_validator("env")
+    @classmethod
+    def _values_are_no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
+        if telling := sorted(name for name, value in env.items() if _SECRECY.search(name) or _PASSWORD.search(value)):
+            raise ValueError(f"{', '.join(telling)} look like secrets: give them in secrets, as name/key of a Secret")
+        return env
+
+
+class Pool(Shared):
     """What a task of this pool asks for."""
 
     image: str | None = Field(default=None, min_length=1, description="Image of all its tasks; none: what each one names.")
@@ -65,11 +99,36 @@ class Pool(_Table):
             raise ValueError("accelerator and count belong together: name the resource and how many, or leave both out")
         return self
 
+    def sharing(self, shared: Shared) -> Self:
+        """With what all pools share, where this one does not say otherwise."""
+        own = self.env.keys() | self.secrets.keys()
+
+        def others(variables: Mapping[str, str]) -> dict[str, str]:
+            return {name: value for name, value in variables.items() if name not in own}
+
+        return self.model_copy(
+            update={
+                "env": others(shared.env) | self.env,
+                "secrets": others(shared.secrets) | self.secrets,
+                "image_pull_secrets": self.image_pull_secrets or shared.image_pull_secrets,
+                "image_pull_policy": self.image_pull_policy or shared.image_pull_policy,
+            }
+        )
+
     def place(self, task: dsl.PipelineTask) -> dsl.PipelineTask:
         """Ask for this pool's machines, and never let KFP's cache answer: it looks at URIs, not at what is behind them."""
         task.set_caching_options(False)
         if self.image:
             task.set_container_image(self.image)
+        if self.image_pull_secrets:
+            kubernetes.set_image_pull_secrets(task, list(self.image_pull_secrets))
+        if self.image_pull_policy:
+            kubernetes.set_image_pull_policy(task, self.image_pull_policy)
+        for variable, value in self.env.items():
+            task.set_env_variable(variable, value)
+        for variable, reference in self.secrets.items():  # one by one: two variables may want the same key
+            secret, key = reference.split("/")
+            kubernetes.use_secret_as_env(task, secret_name=secret, secret_key_to_env={key: variable})
         if self.accelerator:
             task.set_accelerator_type(self.accelerator).set_accelerator_limit(self.count)
         if self.cpu:
@@ -92,8 +151,8 @@ class Pool(_Table):
 class TrainingPool(Pool):
     """What training asks for: one pod, or with ``nodes`` above 1 the pods of a TrainJob that the train step launches.
 
-    Image, accelerators, cores, memory, shared memory, selectors and tolerations are then those of each pod, the timeout is the
-    job's, and the step itself runs on the cpu pool, with this pool's retries.
+    Image, pull secrets, variables, accelerators, cores, memory, shared memory, selectors and tolerations are then those of each
+    pod, the timeout is the job's, and the step itself runs on the cpu pool, with this pool's retries.
     """
 
     nodes: int = Field(default=1, ge=1, le=999, description="Pods that train together.")
@@ -106,36 +165,18 @@ class TrainingPool(Pool):
     )
     service_account: str | None = Field(default=None, pattern=_NAME, description="Of the job's pods; none is the runtime's.")
     queue: str | None = Field(default=None, pattern=_NAME, description="Kueue's local queue.")
-    env: dict[Annotated[str, Field(pattern=_VARIABLE)], str] = Field(default_factory=dict, description="Variables of the pods.")
-    secrets: dict[Annotated[str, Field(pattern=_VARIABLE)], Annotated[str, Field(pattern=_SECRET)]] = Field(
-        default_factory=dict, description="Variables with the name/key of a Secret; values never leave the cluster."
-    )
 
     @model_validator(mode="after")
     def _job_or_pod(self) -> TrainingPool:
         if self.nodes > 1 and self.runtime is None:
             raise ValueError('nodes above 1 need a runtime of Kubeflow Trainer, such as runtime = "torch-distributed"')
+        if self.nodes > 1 and self.image_pull_policy:
+            raise ValueError("image_pull_policy of a job's pods is the runtime's: leave it out, and say it there")
         if self.nodes == 1 and (set_ := self.model_fields_set & _OF_A_JOB):
             raise ValueError(
                 f"{', '.join(sorted(set_))} belong to a job on several nodes: set nodes above 1, or leave them out"
             )
-        if twice := sorted(self.env.keys() & self.secrets.keys()):
-            raise ValueError(f"{', '.join(twice)} are in env and in secrets: leave one out")
         return self
-
-    @field_validator("env", "secrets")
-    @classmethod
-    def _names_are_ours(cls, variables: dict[str, str]) -> dict[str, str]:
-        if taken := sorted(variables.keys() & set(RESERVED)):
-            raise ValueError(f"{', '.join(taken)} are set by the runtime: leave them out")
-        return variables
-
-    @field_validator("env")
-    @classmethod
-    def _values_are_no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
-        if telling := sorted(name for name in env if _SECRECY.search(name)):
-            raise ValueError(f"{', '.join(telling)} look like secrets: give them in secrets, as name/key of a Secret")
-        return env
 
     def train(self, component: Callable[..., dsl.PipelineTask], *, round_uri: Any, launched_from: Pool) -> dsl.PipelineTask:
         """The train step: on this pool, or on the cpu pool as the one that launches the job and waits for it."""
@@ -156,9 +197,10 @@ class Pools(_Table):
     """The pools: ``cpu`` decides and registers, ``inference`` samples and scores, ``training`` updates.
 
     ``colocated`` is for the one pod of ``execution = "colocated"``, which is one process: its GPU is larger or its image
-    another where it is named, and it is ``training``'s where not.
+    another where it is named, and it is ``training``'s where not. What stands under ``all`` is every pool's.
     """
 
+    all: Shared = Shared()
     cpu: Pool = Pool()
     inference: Pool = Pool()
     training: TrainingPool = TrainingPool()
@@ -170,9 +212,14 @@ class Pools(_Table):
             raise ValueError("the cpu pool must not ask for an accelerator: its tasks also start for rounds that are done")
         return self
 
+    def spread(self) -> Pools:
+        """Each pool with what all of them share."""
+        named = {name: pool.sharing(self.all) for name, pool in self if isinstance(pool, Pool)}
+        return self.model_copy(update={"all": Shared(), **named})
+
 
 def load_pools(path: Path | None) -> Pools:
-    """Read a pools file; None is everything on CPU.
+    """Read a pools file, each pool with what all of them share; None is everything on CPU.
 
     Raises:
         InputError: the file is missing, not TOML, or holds something else than pools; every problem is named.
@@ -180,7 +227,7 @@ def load_pools(path: Path | None) -> Pools:
     if path is None:
         return Pools()
     try:
-        return Pools.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return Pools.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).spread()
     except FileNotFoundError:
         raise InputError([Problem(str(path), "no such file", "give the path of a pools file, or none for CPU")]) from None
     except tomllib.TOMLDecodeError as error:
@@ -195,6 +242,7 @@ _PATTERNS = {
     "runtime": _NAMED,
     "service_account": _NAMED,
     "queue": _NAMED,
+    "image_pull_secrets": _NAMED,
     "env": "write the name of a variable: letters, digits and underscores",
     "secrets": 'write VARIABLE = "secret-name/key"',
 }
@@ -202,7 +250,7 @@ _PATTERNS = {
 
 def _problem(path: Path, place: tuple[int | str, ...], kind: str, message: str) -> Problem:
     fixes = {
-        "extra_forbidden": "the pools are cpu, inference, training and colocated; see pipelines/pools.example.toml",
+        "extra_forbidden": "the tables are all, cpu, inference, training and colocated; see pipelines/pools.example.toml",
         "string_pattern_mismatch": _PATTERNS.get(place[1] if len(place) > 1 else "", _PATTERNS[""]),
     }
     where = ".".join(map(str, place))

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from camopd import plan as layout
+from camopd import train as training
 from camopd.checkpoint import load_state
 from camopd.config import Branch, Recipe
 from camopd.engines.transformers import load_model
 from camopd.group import current
+from camopd.lora import load_student
 from camopd.plan import Plan
 from camopd.store import Store
 from camopd.student import Student, whole
@@ -86,6 +88,27 @@ def moments(folders: Sequence[str], student: str) -> list[str]:
         tensors = [whole(p) for p in model.parameters()]
         tensors += [whole(value) for p in model.parameters() for _, value in sorted(optimizer.state[p].items())]
         found.append(hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest())
+    return found
+
+
+def loaded(cases: Sequence[tuple[str, dict[str, Any]]]) -> list[list[Any]]:
+    """Of each student and settings: how many bytes of tensors each process has loaded, and a digest of what it holds once the
+    model is spread, each tensor whole: parameters and buffers by name, what learns, how it attends."""
+    read, found = [], []
+
+    def counted(*arguments: Any) -> Any:
+        model = load_student(*arguments)
+        read.append(sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta))
+        return model
+
+    training.load_student = counted  # this process is the test's own
+    for student, settings in cases:
+        model = Trainer.load(make_plan("/runs/x", student, "topk", settings), 1, Store()).model
+        seen = hashlib.sha256(model.config._attn_implementation.encode())
+        for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
+            seen.update(f"{name} {tensor.requires_grad}".encode() + whole(tensor).detach().numpy().tobytes())
+        found.append(current().gather([read[-1], seen.hexdigest()]))
+    training.load_student = load_student
     return found
 
 

@@ -239,6 +239,14 @@ def test_a_model_with_nan_weights_is_refused_by_name(tmp_path) -> None:
         load_model(tmp_path)
 
 
+def test_a_model_without_one_of_its_weights_is_refused_by_name(tmp_path) -> None:
+    model = tiny_model()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if "1.mlp.up_proj" not in name}
+    model.save_pretrained(tmp_path, state_dict=tensors)
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is in none of the files"):
+        load_model(tmp_path)
+
+
 def test_an_architecture_that_caps_its_logits_is_refused() -> None:
     config = Gemma2Config(
         vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,

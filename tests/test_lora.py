@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,23 @@ def test_models_over_one_base_are_loaded_once_and_do_not_disturb_each_other(fold
         reference = exact(name, folders)
         for index, prompt in enumerate(PROMPTS):
             assert results[name][index] == pytest.approx(logprobs(reference, prompt, RESPONSES[index]), abs=2e-5)
+
+
+def test_closed_engines_let_go_of_their_base(folders, monkeypatch) -> None:
+    """Who asked them still holds them: the next base comes while the variable has its old value."""
+    models = []
+
+    def loaded(path: Any) -> Any:
+        model = load_model(path)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("camopd.engines.transformers.load_model", loaded)
+    with open_engines("transformers", folders["base"], {"a": folders["a"], "base": None}, **LIMITS) as engines:
+        dict(engines["a"].score(PROMPTS, RESPONSES))
+    gc.collect()
+    assert len(engines) == 2
+    assert models[0]() is None
 
 
 def test_merged_it_is_a_model_like_others(folders, tmp_path) -> None:

@@ -17,7 +17,7 @@ from camopd.engines import Engine, load_engine
 from camopd.engines.replica_worker import pack, unpack
 from camopd.engines.replicas import visible_devices
 from camopd.errors import EngineError, InputError
-from tests.tiny import EOS, VOCAB, save_tiny, tiny_model
+from tests.tiny import EOS, VOCAB, save_adapter, save_tiny, tiny_model
 
 SHARED = VOCAB - 4
 RANDOM = np.random.default_rng(0)
@@ -27,9 +27,9 @@ SEEDS = [2**64 - 1 - 977 * number for number in range(60)]
 SAMPLING = {"max_new_tokens": 12, "eos_ids": [EOS], "top_k": 3}
 
 
-def start(folder: Path, replicas: int) -> Engine:
+def start(folder: Path, replicas: int, adapter: Path | None = None) -> Engine:
     limits = {"vocab_size": SHARED, "batch_size": 7, "batch_tokens": 64, "max_length": 128}
-    return load_engine("transformers", folder, **limits, replicas=replicas)
+    return load_engine("transformers", folder, **limits, adapter=adapter, replicas=replicas)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,20 @@ def test_results_that_nobody_waits_for_any_more_do_not_come_with_later_ones(both
 @pytest.mark.slow
 def test_no_requests_are_no_results(both) -> None:
     assert list(both[1].sample([], [], **SAMPLING)) == list(both[1].score([], [])) == []
+
+
+@pytest.mark.slow
+def test_copies_of_a_base_with_an_adapter_are_that_model(both, folder, tmp_path) -> None:
+    adapter = save_adapter(tmp_path / "adapter", tiny_model())
+    one = start(folder, 1, adapter)
+    with closing(start(folder, 2, adapter)) as two:
+        ours, theirs = (dict(engine.score(PROMPTS, RESPONSES, top_k=2)) for engine in (one, two))
+        assert sorted(theirs) == list(range(60))
+        assert all(same(scores, theirs[index]) for index, scores in ours.items())
+        samples = dict(two.sample(PROMPTS, SEEDS, **SAMPLING))
+        assert all(same(sample, samples[index]) for index, sample in one.sample(PROMPTS, SEEDS, **SAMPLING))
+    bare = dict(both[0].score(PROMPTS, RESPONSES))
+    assert max(np.abs(scores.logprobs - bare[index].logprobs).max() for index, scores in theirs.items()) > 0.1
 
 
 @pytest.mark.slow

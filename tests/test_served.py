@@ -31,6 +31,7 @@ from camopd.plan import Plan
 from camopd.records import read_table
 from camopd.store import Store
 from tests.fixtures.completions import Completions, Refused, serve
+from tests.tiny import save_adapter
 
 ROOT = Path(__file__).parents[1]
 MICRO = ROOT / "examples" / "micro"
@@ -165,6 +166,17 @@ def test_a_head_that_believes_in_its_padding_is_refused(teacher) -> None:
     assert list(other_head(engine, ids, 261, 261)) == []
     ((what, _),) = other_head(engine, ids, 281, 281)
     assert "the student's last token, id 280, is not known there" in what
+
+
+def test_a_student_that_is_an_adapter_is_read_with_its_base(teacher, general, tmp_path) -> None:
+    """Its tokenizer and the rows of its head are the base's."""
+    adapter = str(save_adapter(tmp_path / "adapter", load_model(MICRO / "domain"), rank=2, alpha=1.0))
+    student = {"student": adapter, "base": str(MICRO / "domain")}
+    plan = prepared(tmp_path, teacher.url, **student)
+    assert plan.content_ids["student/base"] == Store().content_id(student["base"])
+    assert plan.served == prepared(tmp_path, teacher.url).served
+    (problem,) = problems(tmp_path, teacher.url, student=adapter)
+    assert "does not name its base -> set base" in problem
 
 
 def test_two_models_under_one_name_are_told_apart(teacher, general, tokenizer, tmp_path) -> None:

@@ -198,15 +198,59 @@ def test_a_stage_that_fails_leaves_nothing(store: Store, uri: str) -> None:
     assert list(Path(uri).parent.iterdir()) == []
 
 
-def test_leftovers_of_an_unfinished_prefix_are_no_part_of_the_next(store: Store, uri: str) -> None:
-    for name in ("weights.bin", "stray.txt"):
+def test_what_a_killed_attempt_left_of_a_prefix_is_gone_when_the_next_finishes(store: Store, uri: str) -> None:
+    """transformers loads model.safetensors where it lies, whatever the index beside it says."""
+    for name in ("weights.bin", "model.safetensors", "text/stray.txt", "steps.json.d/x"):
         store.write(join(uri, name), b"from an attempt that was killed")
     with pytest.raises(StoreError, match="is not finished"):
         store.require(uri)
     produce(store, uri)
     assert store.verify(uri, deep=True) == []
+    assert [file.name for file in store.list(uri)] == sorted(FILES)
     assert store.content_id(uri) == content_id_of(store.require(uri).files)
-    assert store.read(join(uri, "stray.txt")) == b"from an attempt that was killed"  # nothing is ever deleted
+
+
+def test_a_leftover_file_stands_in_no_folder_s_way(store: Store, uri: str) -> None:
+    store.write(join(uri, "text"), b"from an attempt that was killed")
+    produce(store, uri)
+    assert [file.name for file in store.list(uri)] == sorted(FILES)
+
+
+def test_what_an_unfinished_prefix_holds_of_others_is_left_alone(store: Store, uri: str, tmp_path: Path) -> None:
+    """Hidden names, a finished prefix below it, and what a link leads to."""
+    store.write(join(uri, ".cache/blob"), b"1")
+    store.write(join(uri, ".stray"), b"2")
+    inner = produce(store, join(uri, "text", "inner"))
+    store.write(str(tmp_path / "elsewhere" / "model.safetensors"), b"3")
+    (Path(uri) / "link").symlink_to(tmp_path / "elsewhere")
+    (Path(uri) / "stray").symlink_to(tmp_path / "elsewhere" / "model.safetensors")
+    produce(store, uri)
+    assert store.read(join(uri, ".cache/blob")) + store.read(join(uri, ".stray")) == b"12"
+    assert store.require(join(uri, "text", "inner")) == inner
+    assert store.verify(join(uri, "text", "inner"), deep=True) == []
+    assert store.read(str(tmp_path / "elsewhere" / "model.safetensors")) == b"3"
+    assert not (Path(uri) / "stray").is_symlink()
+
+
+def test_nothing_of_a_finished_prefix_is_removed(store: Store, uri: str) -> None:
+    """Two attempts with other file names: who comes second finds it finished and removes nothing."""
+    barrier = Barrier(2)
+
+    def attempt(number: int) -> Manifest:
+        def write(folder: Path) -> dict[str, Any]:
+            result = writer({f"{number}-{i}.bin": b"1" for i in range(20)})(folder)
+            barrier.wait()
+            return result
+
+        return produce(store, uri, write)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(attempt, [1, 2])
+    assert first == second == store.require(uri)
+    assert store.verify(uri, deep=True) == []
+    store.write(join(uri, "note.txt"), b"put here later")
+    produce(store, uri, never)
+    assert store.read(join(uri, "note.txt")) == b"put here later"
 
 
 def test_links_that_a_stage_makes_become_files(store: Store, uri: str, tmp_path: Path) -> None:
@@ -316,7 +360,7 @@ def run_child(uri: str, cache: Path, fatal: int) -> int:
 
 @pytest.mark.slow
 def test_killed_at_any_point_and_started_again_gives_the_same_content(store: Store, tmp_path: Path) -> None:
-    wanted = produce(store, str(tmp_path / "unbroken")).content_id
+    parts = {"part-1.bin": b"\x00", "part-2.bin": b"\x01"}  # what the next attempt writes where it has more processes
     fatal, kills = 1, 0
     while True:
         uri = str(tmp_path / f"killed-{fatal}" / "select")
@@ -327,7 +371,9 @@ def test_killed_at_any_point_and_started_again_gives_the_same_content(store: Sto
         kills += 1
         was_finished = store.manifest(uri) is not None
         assert not was_finished or store.verify(uri, deep=True) == []
-        assert produce(store, uri).content_id == wanted == store.content_id(uri)
+        files = FILES if was_finished or kills % 2 else parts
+        assert [file.name for file in produce(store, uri, writer(files)).files] == sorted(files)
+        assert [file.name for file in store.list(uri)] == sorted(files)
         assert store.verify(uri, deep=True) == []
         if not was_finished:  # then the scratch folder of the dead is gone, too
             assert os.listdir(Path(uri).parent) == ["select"]

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from camopd.checkpoint import SHARDING, STATE, _file, shared_out
 from camopd.config import Train
 from camopd.engines.transformers import load_model
-from camopd.errors import InputError, UnhealthyRunError
+from camopd.errors import InputError, UnhealthyRunError, WorkerError
 from camopd.student import Student
 from camopd.update import make_optimizer, rows_loss, update
 from camopd.workers import run_workers
-from tests.in_workers import STEPS, kinds_of_numbers, make_plan, make_step, moments, rounds
+from tests.in_workers import STEPS, kinds_of_numbers, loaded, make_plan, make_step, moments, rounds
 from tests.reference import SHARED
-from tests.tiny import tiny_model
+from tests.tiny import save_adapter, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +142,40 @@ def test_a_checkpoint_loads_to_the_bit_on_any_number_of_processes(writers, reade
         assert moments(**arguments) == [exact]
     else:
         assert run_workers("tests.in_workers:moments", arguments, num_processes=readers) == [exact]
+
+
+@pytest.mark.slow
+def test_the_first_process_reads_and_all_have_to_the_bit_what_one_alone_has(tmp_path) -> None:
+    """Tied and not, an adapter merged, one that goes on learning and a new one; rotary frequencies are in no file."""
+    tied, untied = (save_student(tmp_path / f"tied-{tied}", tied=tied) for tied in (True, False))
+    adapter = str(save_adapter(tmp_path / "adapter", tiny_model(), base_model_name_or_path=tied))
+    cases = [(tied, {}), (untied, {}), (adapter, {}), (adapter, {"lora": {}}), (untied, {"lora": {"rank": 3}})]
+    shared = run_workers("tests.in_workers:loaded", {"cases": cases}, num_processes=3)
+    for [[size, exact]], processes in zip(loaded(cases), shared, strict=True):
+        assert processes == [[size, exact], [0, exact], [0, exact]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", ["nan", "missing", "tied"])
+def test_weights_that_cannot_be_used_end_all_processes_with_one_sentence(broken, tmp_path) -> None:
+    """The others wait for tensors meanwhile, and would for a quarter of an hour."""
+    student = Path(save_student(tmp_path / "student", tied=False))
+    weights, config = load_file(student / "model.safetensors"), json.loads((student / "config.json").read_text())
+    if broken == "nan":
+        weights["model.norm.weight"][3] = float("nan")
+    elif broken == "missing":
+        del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, student / "model.safetensors", {"format": "pt"})
+    (student / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": broken == "tied"}))
+    sentence = {
+        "nan": f"{student}: model.norm.weight holds NaN or infinity -> export the checkpoint again",
+        "missing": f"{student}: model.layers.1.mlp.up_proj.weight is in none of the files, and would be random -> export",
+        "tied": f"{student} has other tensors on process 2 than on the first; if config.json ties some",
+    }
+    begun = time.monotonic()
+    with pytest.raises((InputError, WorkerError), match=re.escape(sentence[broken])):
+        run_workers("tests.in_workers:loaded", {"cases": [(str(student), {})]}, num_processes=2)
+    assert time.monotonic() - begun < 120
 
 
 @pytest.mark.slow

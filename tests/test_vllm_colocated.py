@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from camopd import plan as layout
 from camopd import workflow
 from camopd.config import VLLM
-from camopd.engines import load_engine
 from camopd.engines.handover import check_taken, weights_file
 from camopd.errors import EngineError, UnhealthyRunError
 from camopd.plan import Plan
 from camopd.store import Store
+from tests.integration.runs import ROOT
 from tests.test_vllm_engine import MAX_LENGTH, PROMPTS, SEEDS, SHARED, VOCAB, exact_logprobs, of_tokens, pytestmark, sample_all
-from tests.tiny import tiny_model
+from tests.tiny import save_adapter, tiny_model
 
 __all__ = ["pytestmark"]
 SETTINGS = VLLM(dtype="float32", gpu_memory_utilization=0.5, enforce_eager=True)
@@ -58,10 +59,12 @@ def model_copy(model):
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def pair(request, tmp_path_factory) -> Iterator[tuple[Any, Any]]:
     """A model that trains, and the engine that was started from its first weights."""
+    from camopd.engines.colocated import ColocatedVllm
+
     model, folder = model_of(tied=request.param), tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     limits = {"vocab_size": SHARED, "batch_size": 8, "batch_tokens": 24, "max_length": MAX_LENGTH}
-    with closing(load_engine("vllm", folder, **limits, vllm=SETTINGS, sleeps=True)) as engine:
+    with closing(ColocatedVllm(folder, **limits, settings=SETTINGS)) as engine:
         yield model, engine
 
 
@@ -181,6 +184,20 @@ def test_a_recovery_beside_vllm_is_on_policy_at_every_update(tmp_path) -> None:
     assert min(step["kept_ratio"] for step in steps) == 1, "no token is masked for its ratio"
     assert sum(step["grad_norm"] > 0 for step in steps) >= 6
     assert done.metrics["num_steps"] == 3
+
+
+def test_a_domain_model_that_is_an_adapter(tmp_path) -> None:
+    """vLLM starts with its base and gets what the trainer makes of both: a merged model, whose weights all learn."""
+    general = ROOT / "examples" / "micro" / "general"
+    adapter = save_adapter(tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(general), rank=2, alpha=1.0)
+    wish = {"student": str(adapter), "base": str(general), "train.learning_rate": "1e-3"}
+    plan = prepared(tmp_path / "runs", **wish)
+    workflow.recover(plan.rounds[-1])
+    steps = steps_of(plan)
+    assert len(steps) == 6
+    assert max(step["engine_gap"] for step in steps) < 1e-4
+    gaps = [step["branches"][name]["gap"] for step in steps for name in step["branches"]]
+    assert max(gaps) > 0.01, "the adapter makes it another model than its base, which is the general teacher"
 
 
 def test_the_last_guard_stops_a_run_that_samples_from_old_weights(tmp_path, monkeypatch) -> None:

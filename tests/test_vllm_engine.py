@@ -255,14 +255,17 @@ def test_exhaustion_while_scoring_halves_the_tokens_and_at_last_gives_up(tmp_pat
 
 
 def test_close_ends_every_process_and_may_come_twice(tmp_path) -> None:
+    """Also those that hang: vLLM kills them after five seconds, and does not wait for that."""
     padded_model().save_pretrained(tmp_path)
     before = vllm_processes()
     found = start(tmp_path)
     assert len(vllm_processes() - before) == 2  # its core and one worker
     assert len(sample_all(found)) == 5
-    found.close()
+    for pid in vllm_processes() - before:
+        os.kill(pid, signal.SIGSTOP)
     found.close()
     assert vllm_processes() == before
+    found.close()
 
 
 def test_a_worker_that_is_killed_while_sampling_is_said(tmp_path) -> None:

@@ -87,6 +87,18 @@ def test_the_models_differ(engines) -> None:
     assert min(gaps) > 0.1
 
 
+def test_two_copies_of_a_base_with_an_adapter(folders) -> None:
+    folder = folders["b"]
+    with closing(load_engine("vllm", folders["a"].parent / "base", adapter=folder, replicas=2, **OPTIONS)) as copies:
+        scores = dict(copies.score(PROMPTS * 3, RESPONSES * 3))
+        samples = dict(copies.sample(PROMPTS * 3, range(15), max_new_tokens=8, eos_ids=(EOS,)))
+    assert sorted(scores) == sorted(samples) == list(range(15))
+    for index in range(15):
+        for response, found in ((RESPONSES[index % 5], scores[index]), (samples[index].token_ids, samples[index])):
+            exact = exact_logprobs(PROMPTS[index % 5], response, model=reference("b", folders))
+            assert found.logprobs == pytest.approx(of_tokens(exact, response), abs=1e-4)
+
+
 def test_one_adapter_by_itself_and_the_next_round_s(folders, tmp_path) -> None:
     """As `rollout` opens the student: a new engine each round, so no older adapter can be left in a cache."""
     for seed in (11, 12):

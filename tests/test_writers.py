@@ -101,6 +101,18 @@ def test_the_same_files_by_one_writer_are_the_same_content(place, tmp_path) -> N
     assert made.content_id == alone.content_id
 
 
+def test_what_an_attempt_of_one_writer_left_is_not_fetched(place, tmp_path) -> None:
+    """In a folder it is gone, since a folder is fetched as it lies; an object stays, and only what the manifest names comes."""
+    uri, store = join(place, "checkpoint"), Store(cache=tmp_path / "reader")
+    store.write(join(uri, "model.safetensors"), b"by a killed one")
+    store.write(join(uri, "parts/2.txt"), b"by a killed third")
+    made = in_threads(2, lambda group: produce(uri, tmp_path, group))[0]
+    fetched = store.fetch(uri)
+    names = {path.relative_to(fetched).as_posix() for path in fetched.rglob("*") if path.is_file()}
+    assert names == {"parts/0.txt", "parts/1.txt", MANIFEST}
+    assert {file.name for file in made.files} == names - {MANIFEST}
+
+
 def test_a_part_that_another_machine_keeps_to_itself_is_said(tmp_path) -> None:
     store, folder = Store(), tmp_path / "own"
     folder.mkdir()

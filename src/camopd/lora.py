@@ -84,13 +84,13 @@ def load_weights(weights: Weights, store: Store, where: device | None = None) ->
     Args:
         weights: where they lie.
         store: brings them here.
-        where: device; none means the GPU when there is one.
+        where: device, as of ``load_model``.
 
     Raises:
-        InputError: parameters that are NaN or infinite, or an adapter of another base.
+        InputError: parameters that are missing, NaN or infinite, or an adapter of another base.
     """
     model = load_model(store.fetch(weights.base), where)
-    if weights.adapter is None:
+    if weights.adapter is None or model.device.type == "meta":  # which has the form that it has merged
         return model
     from camopd.engines.lora import merge
 
@@ -104,7 +104,7 @@ def load_student(plan: Plan, checkpoint: Path | None, store: Store, where: devic
         plan: the run's plan.
         checkpoint: local folder of the one to go on from; None begins with the domain model.
         store: where the models lie.
-        where: device; none means the GPU when there is one.
+        where: device, as of ``load_model``.
     """
     recipe, lora = plan.recipe, plan.recipe.train.lora
     domain = plan.weights(recipe.student, store)

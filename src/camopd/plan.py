@@ -163,6 +163,17 @@ class Plan:
         """Optimiser steps of the whole run."""
         return self.recipe.num_rounds * self.recipe.steps_per_round
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence, prompt and response together."""
+        return self.max_prompt_tokens + self.recipe.rollout.max_new_tokens
+
+    @property
+    def engine_limits(self) -> dict[str, int]:
+        """The limits that every engine with a model of this run has."""
+        sizes = {"batch_size": self.recipe.rollout.batch_size, "batch_tokens": self.recipe.score.batch_tokens}
+        return sizes | {"vocab_size": self.vocab_size}
+
     def schedule(self, number: int) -> Schedule:
         """Where the schedule stands when round ``number`` begins."""
         from camopd.schedule import Schedule

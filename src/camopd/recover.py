@@ -21,14 +21,14 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
 from camopd import plan as layout
 from camopd import rollout, score, select
 from camopd.adapters import Weights
-from camopd.engines import Engine, load_engine
+from camopd.engines import Engine, check_installed
 from camopd.engines.shared import engines_over
 from camopd.engines.transformers import TransformersEngine, load_model
 from camopd.plan import Plan
@@ -123,15 +123,9 @@ class Session:
         if plan.recipe.score.signal == "full":
             weights = {name: model.get_output_embeddings().weight for name, model in models.items()}
             self.trainer.teacher_weights = weights
-        student = self._vllm or TransformersEngine(self.trainer.model, **self._limits)
+        student = self._vllm or TransformersEngine(self.trainer.model, **plan.engine_limits)
         of_student = dict.fromkeys(models, student)
         self._samplers: Mapping[str, Engine] = self._teachers if plan.recipe.rollout.sampler == "teacher" else of_student
-
-    @property
-    def _limits(self) -> dict[str, int]:
-        recipe = self.plan.recipe
-        sizes = {"batch_size": recipe.rollout.batch_size, "batch_tokens": recipe.score.batch_tokens}
-        return sizes | {"vocab_size": self.plan.vocab_size}
 
     def _load_teachers(self) -> tuple[dict[str, PreTrainedModel], dict[str, Engine]]:
         """Model and engine of each branch that takes part. What is or lies over one base has one set of weights in memory: with
@@ -147,23 +141,17 @@ class Session:
         engines: dict[Weights, Engine] = {}
         for base, model in held.items():
             theirs = {own: store.fetch(own.adapter) if own.adapter else None for own in weights.values() if own.base == base}
-            engines |= engines_over(model, theirs, **self._limits)
+            engines |= engines_over(model, theirs, **plan.engine_limits)
         return {name: held[own.base] for name, own in weights.items()}, {name: engines[own] for name, own in weights.items()}
 
     def _sleeping(self, number: int) -> ColocatedVllm:
-        """vLLM with a model like the student, whose weights it gets when it wakes; asleep."""
-        recipe = self.plan.recipe
-        engine = load_engine(
-            "vllm",
-            self._store.fetch(self.plan.weights(self.plan.student_uri(number), self._store).base),
-            vocab_size=self.plan.vocab_size,
-            batch_size=recipe.rollout.batch_size,
-            batch_tokens=recipe.score.batch_tokens,
-            max_length=self.plan.max_prompt_tokens + recipe.rollout.max_new_tokens,
-            vllm=recipe.vllm,
-            sleeps=True,
-        )
-        return cast("ColocatedVllm", engine)
+        """vLLM, asleep, with a model like the student: its weights come when it wakes, so under an adapter the base will do."""
+        check_installed("vllm")
+        from camopd.engines.colocated import ColocatedVllm
+
+        plan = self.plan
+        like = self._store.fetch(plan.weights(plan.student_uri(number), self._store).base)
+        return ColocatedVllm(like, **plan.engine_limits, max_length=plan.max_length, settings=plan.recipe.vllm)
 
     def close(self) -> None:
         """End what runs in other processes."""

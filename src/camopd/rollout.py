@@ -356,8 +356,7 @@ def connect_teacher(plan: Plan, uri: str) -> RemoteEngine:
 
     names = [branch.name for branch in plan.recipe.branches if plan.teacher_uri(branch) == uri]
     expected = Probe.from_record(plan.served[plan.content_ids[f"teacher/{names[0]}"]])
-    longest = plan.max_prompt_tokens + plan.recipe.rollout.max_new_tokens
-    return connect(uri, plan.recipe, vocab_size=plan.vocab_size, longest=longest, expected=expected)
+    return connect(uri, plan.recipe, vocab_size=plan.vocab_size, longest=plan.max_length, expected=expected)
 
 
 @contextmanager
@@ -386,10 +385,8 @@ def engines_at(plan: Plan, uris: Iterable[str], store: Store) -> Iterator[dict[s
         recipe.rollout.engine,
         store.fetch(base),
         {uri: store.fetch(own.adapter) if own.adapter else None for uri, own in weights.items()},
-        vocab_size=plan.vocab_size,
-        batch_size=recipe.rollout.batch_size,
-        batch_tokens=recipe.score.batch_tokens,
-        max_length=plan.max_prompt_tokens + recipe.rollout.max_new_tokens,
+        **plan.engine_limits,
+        max_length=plan.max_length,
         vllm=recipe.vllm,
         replicas=recipe.rollout.replicas,
     ) as engines:

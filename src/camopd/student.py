@@ -2,6 +2,7 @@
 
 One process holds the whole of it. Several share it by FSDP2 (``torch.distributed.fsdp.fully_shard``): each holds an equal part
 of every parameter, of its float32 gradient and of the optimiser's moments, and sees a layer whole only while it computes there.
+The first process alone has to have read the weights: the others' may be on the meta device, which takes no memory.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from camopd.config import Train
 from camopd.engines.transformers import device
-from camopd.errors import InputError, Problem
+from camopd.errors import InputError, Problem, WorkerError
 from camopd.group import current
 
 Seen = TypeVar("Seen")
@@ -34,7 +35,8 @@ class Student(nn.Module):
     """A model and what ``train`` says of its computation. Weights, gradients and moments are float32 in any case.
 
     Args:
-        model: in evaluation mode, on its device; on the CPU where it is to be spread, which moves it layer by layer.
+        model: in evaluation mode, on its device; where it is to be spread, which moves it layer by layer, on the CPU of the
+            first process and anywhere, or on ``meta``, of the others, whose values become the first one's.
         train: precision and activation checkpointing. Where this process has joined a group, all of it share the model.
 
     Attributes:
@@ -44,6 +46,7 @@ class Student(nn.Module):
 
     Raises:
         InputError: activation checkpointing of an architecture whose layers are not known.
+        WorkerError: processes whose models differ in form.
     """
 
     def __init__(self, model: PreTrainedModel, train: Train) -> None:
@@ -60,9 +63,11 @@ class Student(nn.Module):
     def _spread(self, layers: Iterable[nn.Module]) -> None:
         """A group a layer, and one of all the rest: embedding and output layer, which may be one tensor, are whole throughout
         ``forward``, so that a loss may read the weight and hand it a gradient like any other."""
+        agree(self.model)
         mesh = init_device_mesh(device().type, (self.num_ranks,))
         policy = MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in (*layers, self):
+            receive(part)
             fully_shard(part, mesh=mesh, mp_policy=policy)
             assert isinstance(part, FSDPModule)
             part.set_gradient_divide_factor(1.0)  # a loss is a sum over samples, wherever they are
@@ -112,6 +117,43 @@ def _checkpoint(layers: Iterable[nn.Module], model: PreTrainedModel) -> None:
         raise InputError([Problem(where, what, "set it to false")])
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+
+
+# --- From the process that has read the weights to the others -------------------------------------------------------------
+
+
+def agree(model: PreTrainedModel) -> None:
+    """Take over how the first process's model attends, which it has tried out. All processes must call.
+
+    Raises:
+        WorkerError: its tensors are others than this one's, so that they cannot be received one after another.
+    """
+    form = {name: list(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    attention, first = current().gather([model.config._attn_implementation, form])[0]
+    if form != first:
+        raise WorkerError(
+            f"{model.config.name_or_path} has other tensors on process {current().rank + 1} than on the first; "
+            "if config.json ties some that differ in the files, set tie_word_embeddings to false there"
+        )
+    model.set_attn_implementation(attention)
+
+
+@torch.no_grad()
+def receive(part: nn.Module) -> None:
+    """Bring a module's tensors, but those that are spread already, onto the device with the values of the first process.
+
+    One after another; parameters stay the objects that they were, tied ones tied. All processes must call.
+    """
+    for tensor in (*part.parameters(), *part.buffers()):
+        if isinstance(tensor, DTensor):
+            continue
+        if not tensor.is_meta:
+            tensor.data = tensor.to(device())
+        else:
+            room = torch.empty_like(tensor, device=device())
+            is_parameter = isinstance(tensor, nn.Parameter)
+            torch.utils.swap_tensors(tensor, nn.Parameter(room, tensor.requires_grad) if is_parameter else room)
+        dist.broadcast(tensor.detach(), src=0)
 
 
 def learning(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -107,8 +107,11 @@ class Trainer:
         source = store.fetch(before or plan.tokenizer_uri(recipe.student, store))
         begun = within or before
         folder = store.fetch(begun) if begun else None
-        model = load_student(plan, folder, store, torch.device("cpu") if current().size > 1 else device())
-        output_head(model)  # refuses a head that the loss does not know
+        group = current()
+        where = device() if group.size == 1 else torch.device("meta" if group.rank else "cpu")
+        model = load_student(plan, folder, store, where)
+        if group.rank == 0:  # who alone has read weights; ``Student`` hands them to the others
+            output_head(model)  # refuses a head that the loss does not know
         student = Student(model, recipe.train)
         optimizer = make_optimizer(model, recipe)
         done = load_state(folder, model, optimizer) if folder else 0

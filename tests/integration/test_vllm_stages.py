@@ -1,5 +1,7 @@
 """The micro example with vLLM for rollout and scoring, in its own environment, and the rest of the round in this one."""
 
+import subprocess
+
 import numpy as np
 import pytest
 
@@ -9,9 +11,17 @@ from camopd.plan import Plan
 from camopd.records import read_table
 from camopd.score import score_rows
 from camopd.store import Store, join
-from tests.integration.runs import ROOT, SMALL, camopd
+from tests.integration.runs import ROOT, SMALL, camopd, environment
 
 INFERENCE = ROOT / ".venv-vllm" / "bin" / "camopd"
+SHARDS = """
+import sys
+from camopd import workflow
+for uri in workflow.spread(sys.argv[1]):
+    workflow.rollout(uri)
+for uri in workflow.gather(sys.argv[1]).score_uris:
+    workflow.score(uri)
+"""
 VLLM = {
     "rollout.engine": "vllm",
     "vllm.dtype": "float32",
@@ -26,11 +36,17 @@ pytestmark = [
 ]
 
 
-def test_a_round_sampled_and_scored_by_vllm_is_the_trainers_own(tmp_path) -> None:
-    run_uri = camopd("prepare", "micro", settings=SMALL | VLLM | {"output": str(tmp_path)}).splitlines()[-1]
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_round_sampled_and_scored_by_vllm_is_the_trainers_own(shards, tmp_path) -> None:
+    settings = SMALL | VLLM | {"output": str(tmp_path), "shards": str(shards)}
+    run_uri = camopd("prepare", "micro", settings=settings).splitlines()[-1]
     round_uri = layout.round_uri(run_uri, 1)
-    for verb in ("rollout", "score"):
-        camopd(verb, round_uri, program=INFERENCE, VLLM_CPU_KVCACHE_SPACE="1")
+    if shards > 1:
+        command, around = [INFERENCE.with_name("python"), "-c", SHARDS, round_uri], environment(VLLM_CPU_KVCACHE_SPACE="1")
+        subprocess.run(command, cwd=ROOT, env=around, check=True)
+    else:
+        for verb in ("rollout", "score"):
+            camopd(verb, round_uri, program=INFERENCE, VLLM_CPU_KVCACHE_SPACE="1")
     for verb in ("select", "train"):
         camopd(verb, round_uri)
 

@@ -1,6 +1,7 @@
 """The command behind `make demo`: what it says, and that it goes on where it was killed."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -35,18 +36,59 @@ LOG = """\
 """
 
 
+# As kfp 2.17.3 writes it where a task could not be started in the first of two turns: the next turn has begun already.
+LOG_OF_AN_EXCEPTION = """\
+10:00:00.100 - INFO - Executing task \x1b[96m'begin'\x1b[0m
+10:00:01.000 - INFO - Task \x1b[96m'begin'\x1b[0m finished with status \x1b[92mSUCCESS\x1b[0m
+10:00:01.100 - INFO - Executing task \x1b[96m'rollout'\x1b[0m
+10:00:01.101 - INFO - Streamed logs:
+
+    asking for a container
+10:00:01.200 - INFO - Executing task \x1b[96m'begin'\x1b[0m
+10:00:01.201 - ERROR - Task for-loop-2-iteration-0 failed with exception: no room for a container
+10:00:01.202 - INFO - Streamed logs:
+
+    camopd.errors.StoreError: round 2 cannot start
+10:00:02.000 - ERROR - Task \x1b[96m'begin'\x1b[0m finished with status \x1b[91mFAILURE\x1b[0m
+10:00:02.100 - INFO - Executing task \x1b[96m'report-outcome'\x1b[0m
+10:00:03.000 - INFO - Task \x1b[96m'report-outcome'\x1b[0m finished with status \x1b[92mSUCCESS\x1b[0m
+RuntimeError: Pipeline finished with status FAILURE
+"""
+
+
 def test_the_first_failed_task_has_the_last_words():
-    assert last_words(LOG) == [
-        "loading",
-        "Traceback (most recent call last):",
-        '  File "train.py", line 1, in run',
-        "camopd.errors.StoreError: the checkpoint is short",
-    ]
-    assert last_words(LOG, count=1) == ["camopd.errors.StoreError: the checkpoint is short"]
+    assert last_words(LOG) == (
+        "train",
+        [
+            "loading",
+            "Traceback (most recent call last):",
+            '  File "train.py", line 1, in run',
+            "camopd.errors.StoreError: the checkpoint is short",
+        ],
+    )
+    assert last_words(LOG, count=1) == ("train", ["camopd.errors.StoreError: the checkpoint is short"])
+
+
+def test_a_task_that_could_not_be_run_has_failed_first():
+    assert last_words(LOG_OF_AN_EXCEPTION) == ("rollout", ["asking for a container", "no room for a container"])
+    assert last_words(LOG_OF_AN_EXCEPTION, count=1) == ("rollout", ["no room for a container"])
+    assert last_words(LOG + LOG_OF_AN_EXCEPTION) == last_words(LOG)
+    assert last_words(LOG_OF_AN_EXCEPTION + LOG) == last_words(LOG_OF_AN_EXCEPTION)
+
+
+def test_where_no_other_turn_logs_the_line_is_the_root_logger_s():
+    alone = re.sub(r"(?s)10:00:01.200.*?ERROR - (Task for.*?\n).*?(?=10:00:02.100)", r"ERROR:root:\1", LOG_OF_AN_EXCEPTION)
+    assert "ERROR:root:Task for-loop-2-iteration-0 failed with exception" in alone
+    assert last_words(alone) == ("rollout", ["asking for a container", "no room for a container"])
+
+
+def test_a_task_whose_output_could_not_be_taken_is_the_turn_s():
+    ended = "10:00:01.150 - INFO - Task 'rollout' finished with status SUCCESS\n10:00:01.200"
+    assert last_words(LOG_OF_AN_EXCEPTION.replace("10:00:01.200", ended)) == ("", ["no room for a container"])
 
 
 def test_without_a_failed_task_the_log_s_end_is_shown():
-    assert last_words("ModuleNotFoundError: No module named 'kfp'\n") == ["ModuleNotFoundError: No module named 'kfp'"]
+    assert last_words("ModuleNotFoundError: No module named 'kfp'\n") == ("", ["ModuleNotFoundError: No module named 'kfp'"])
 
 
 def test_keys_and_fields_are_both_understood():

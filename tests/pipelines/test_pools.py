@@ -2,15 +2,33 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from camopd.errors import InputError
 from camopd.trainjob import JobSpec
 from components import TRAINER
+from pipelines.compile import compile_pipeline
 from pipelines.pools import Pools, load_pools
 
 NODES = '[training]\nnodes = 2\nruntime = "torch-distributed"\n'
+SHARING = """
+[all]
+env = { AWS_ENDPOINT_URL_S3 = "https://s3.example", HF_HUB_OFFLINE = "1" }
+secrets = { AWS_ACCESS_KEY_ID = "camopd-s3/access-key", AWS_SECRET_ACCESS_KEY = "camopd-s3/secret-key" }
+image_pull_secrets = ["registry"]
+image_pull_policy = "IfNotPresent"
+
+[inference]
+env = { HF_HUB_OFFLINE = "0", MLFLOW_TRACKING_URI = "http://mlflow:5000" }
+secrets = { CAMOPD_TEACHER_API_KEY = "teacher/key", AWS_CA_BUNDLE = "teacher/key", AWS_ENDPOINT_URL_S3 = "camopd-s3/url" }
+image_pull_secrets = ["registry-of-vllm", "mirror"]
+image_pull_policy = "Always"
+"""
+OFFLINE = {"AWS_ENDPOINT_URL_S3": "https://s3.example", "HF_HUB_OFFLINE": "1"}
+KEYS = {"AWS_ACCESS_KEY_ID": "camopd-s3/access-key", "AWS_SECRET_ACCESS_KEY": "camopd-s3/secret-key"}
 
 
 def refused(tmp_path: Path, text: str) -> str:
@@ -54,7 +72,18 @@ def test_every_problem_is_named_at_once(tmp_path):
             "[training]\nnodes = 2\n",
             'training: nodes above 1 need a runtime of Kubeflow Trainer, such as runtime = "torch-distributed"',
         ),
-        ('[training]\nqueue = "gpus"\nenv = {A = "1"}\n', "env, queue belong to a job on several nodes: set nodes above 1"),
+        (
+            '[training]\nqueue = "gpus"\nenv = {A = "1"}\n',
+            "training: queue belong to a job on several nodes: set nodes above 1",
+        ),
+        (f'{NODES}image_pull_policy = "Always"\n', "image_pull_policy of a job's pods is the runtime's"),
+        ("[all]\ncount = 1\n", "all.count"),
+        ('[all]\nimage_pull_policy = "Sometimes"\n', "all.image_pull_policy"),
+        ('[all]\nimage_pull_secrets = ["My Registry"]\n', "write the name of a Kubernetes object"),
+        ('[cpu]\nenv = { MLFLOW_TRACKING_PASSWORD = "x" }\n', "cpu.env: MLFLOW_TRACKING_PASSWORD look like secrets"),
+        ('[all]\nenv = { MLFLOW_TRACKING_URI = "http://me:pass@host" }\n', "all.env: MLFLOW_TRACKING_URI look like secrets"),
+        ('[colocated]\nsecrets = { A = "a" }\n', 'write VARIABLE = "secret-name/key"'),
+        ('[inference]\nenv = { A = "2" }\nsecrets = { A = "a/b" }\n', "inference: A are in env and in secrets: leave one out"),
         ("[inference]\nnodes = 2\n", "inference.nodes"),
         (f'{NODES}runtime_kind = "Runtime"\n', "training.runtime_kind"),
         (f'{NODES}service_account = "Default Editor"\n', "training.service_account: String should match"),
@@ -107,10 +136,77 @@ secrets = { AWS_SECRET_ACCESS_KEY = "camopd-s3/secret-key" }
 
 
 def test_what_the_docs_and_the_example_say_of_several_nodes_is_taken(tmp_path):
-    (block,) = re.findall(r"(?s)```toml\n(\[training\].*?)```", Path("docs/scale.md").read_text(encoding="utf-8"))
+    blocks = re.findall(r"(?s)```toml\n(\[(?:all|training)\].*?)```", Path("docs/scale.md").read_text(encoding="utf-8"))
+    assert len(blocks) == 2
     example = Path("pipelines/pools.example.toml").read_text(encoding="utf-8")
-    for text in (block, re.sub(r"(?m)^# (?=\w+ = )", "", example)):
+    for text in ("".join(blocks), re.sub(r"(?m)^# (?=\w+ = )", "", example)):
         (tmp_path / "pools.toml").write_text(text, encoding="utf-8")
         training = load_pools(tmp_path / "pools.toml").training
         assert (training.nodes, training.runtime) == (2, "torch-distributed")
         assert training.secrets["AWS_ACCESS_KEY_ID"] == "camopd-s3/access-key"
+
+
+# --- What pods are given --------------------------------------------------------------------------------------------------
+
+
+def compiled(folder: Path, pools: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The compiled text, and by component its container and what the platform adds."""
+    (folder / "pools.toml").write_text(pools, encoding="utf-8")
+    compile_pipeline(folder / "recovery.yaml", folder / "pools.toml")
+    text = (folder / "recovery.yaml").read_text(encoding="utf-8")
+    spec, platform = yaml.safe_load_all(text)
+    containers = {name: executor["container"] for name, executor in spec["deploymentSpec"]["executors"].items()}
+    return text, containers, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+
+
+def variables(container: dict[str, Any]) -> dict[str, str]:
+    return {entry["name"]: entry["value"] for entry in container.get("env", [])}
+
+
+def references(pod: dict[str, Any]) -> dict[str, str]:
+    """Variables with name/key of the Secret that the backend takes them from."""
+    found = {}
+    for entry in pod.get("secretAsEnv", []):
+        (mapping,) = entry["keyToEnv"]
+        assert entry["secretNameParameter"] == {"runtimeValue": {"constant": entry["secretName"]}}
+        found[mapping["envVar"]] = f"{entry['secretName']}/{mapping['secretKey']}"
+    return found
+
+
+def test_every_pod_is_given_what_all_share_and_what_its_pool_adds(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-value-of-the-secret")
+    text, containers, pods = compiled(tmp_path, SHARING)
+    assert containers.keys() == pods.keys()
+    assert "the-value-of-the-secret" not in text
+    sampling = {name for name in pods if re.fullmatch(r"exec-(rollout|score|evaluate)(-\d+)?", name)}
+    assert len(sampling) > 3
+    assert {"exec-prepare", "exec-train", "exec-recover", "exec-report-outcome"} < pods.keys() - sampling
+    for name in pods.keys() - sampling:
+        assert variables(containers[name]) == OFFLINE, name
+        assert references(pods[name]) == KEYS, name
+        assert pods[name]["imagePullPolicy"] == "IfNotPresent", name
+        assert [entry["secretName"] for entry in pods[name]["imagePullSecret"]] == ["registry"], name
+    for name in sampling:
+        assert variables(containers[name]) == {"HF_HUB_OFFLINE": "0", "MLFLOW_TRACKING_URI": "http://mlflow:5000"}, name
+        own = {"CAMOPD_TEACHER_API_KEY": "teacher/key", "AWS_CA_BUNDLE": "teacher/key", "AWS_ENDPOINT_URL_S3": "camopd-s3/url"}
+        assert references(pods[name]) == KEYS | own, "two variables of one key are both there"
+        assert pods[name]["imagePullPolicy"] == "Always", name
+        assert [entry["secretName"] for entry in pods[name]["imagePullSecret"]] == ["registry-of-vllm", "mirror"], name
+
+
+def test_a_job_s_pods_are_given_the_same_and_the_step_that_launches_it_is_a_cpu_pod(tmp_path):
+    sharing = SHARING + NODES + 'env = { NCCL_DEBUG = "WARN" }\nsecrets = { HF_HUB_OFFLINE = "hub/offline" }\n'
+    _, containers, pods = compiled(tmp_path, sharing)
+    job = JobSpec.model_validate_json(load_pools(tmp_path / "pools.toml").training.job())
+    assert job.env == {"AWS_ENDPOINT_URL_S3": "https://s3.example", "NCCL_DEBUG": "WARN"}
+    assert job.secrets == KEYS | {"HF_HUB_OFFLINE": "hub/offline"}
+    assert job.image_pull_secrets == ("registry",)
+    assert variables(containers["exec-train"]) == variables(containers["exec-select"]) == OFFLINE
+    assert references(pods["exec-train"]) == KEYS
+
+
+def test_without_a_word_of_it_pods_are_given_nothing(tmp_path):
+    _, containers, pods = compiled(tmp_path, '[training]\nshm = "8Gi"\n')
+    assert not any("env" in container for container in containers.values())
+    asked = set().union(*pods.values())
+    assert asked == {"emptyDirMounts"}

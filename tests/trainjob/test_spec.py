@@ -21,6 +21,7 @@ FULL = JobSpec(
     runtime="camopd",
     runtime_kind="TrainingRuntime",
     image="ghcr.io/camopd/trainer@sha256:00",
+    image_pull_secrets=("registry", "mirror"),
     accelerator="nvidia.com/gpu",
     count=8,
     cpu="64",
@@ -91,6 +92,7 @@ def test_where_the_pods_run():
         "metadata": {"labels": {"app.kubernetes.io/managed-by": "camopd", "sidecar.istio.io/inject": "false"}},
         "spec": {
             "serviceAccountName": "camopd-nodes",
+            "imagePullSecrets": [{"name": "registry"}, {"name": "mirror"}],
             "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"},
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
             "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Gi"}}],

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from camopd.errors import InputError, Problem
+from camopd.errors import EngineError, InputError, Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,10 +127,41 @@ def sample_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def checked_lengths(prompts: Sequence[int], responses: Sequence[int], longest: int, to: str) -> list[int]:
+    """Lengths of whole sequences: one that is refused on its way would end all others with it.
+
+    Args:
+        prompts: length of each prompt.
+        responses: length of each response, or the longest that it may get.
+        longest: sequence that is taken.
+        to: where they go, for the message.
+
+    Raises:
+        EngineError: some are empty or too long.
+    """
+    lengths = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    bad = [i for i, whole in enumerate(lengths) if not (prompts[i] and responses[i] and whole <= longest)]
+    if bad:
+        raise EngineError(
+            f"{len(bad)} of {len(lengths)} sequences cannot go to {to}, the first with {prompts[bad[0]]} prompt and "
+            f"{responses[bad[0]]} response tokens: both must have one at least, and together at most {longest}"
+        )
+    return lengths
+
+
 def import_engine(name: str) -> None:
     """Do the imports of an engine, which take seconds: its weights may come meanwhile."""
     if find_spec(name) is not None:  # what is not installed is said where the engine is loaded
         import_module(f"camopd.engines.{name}")  # ours, which sets what vLLM reads when it is imported
+
+
+def check_installed(name: str) -> None:
+    """Raises ValueError for an engine that does not exist, InputError for one that is not installed here."""
+    if name not in ("transformers", "vllm"):
+        raise ValueError(f"rollout.engine {name!r} is not known; use transformers or vllm")
+    if name == "vllm" and find_spec(name) is None:
+        what, fix = "vLLM is not installed here", "run this stage in the inference environment, or use transformers"
+        raise InputError([Problem("rollout.engine", what, fix)])
 
 
 def load_engine(
@@ -143,11 +174,11 @@ def load_engine(
     max_length: int,
     vllm: VLLM | None = None,
     adapter: Path | None = None,
-    adapters: Sequence[Path] = (),
     replicas: int = 1,
-    sleeps: bool = False,
 ) -> Engine:
     """The engine of that name with the model at ``path``; heavy imports happen here.
+
+    Several models over one base: ``camopd.engines.shared``. vLLM beside a trainer: ``camopd.engines.colocated``.
 
     Args:
         name: ``transformers`` or ``vllm``.
@@ -158,21 +189,16 @@ def load_engine(
         max_length: longest sequence, prompt and response together; vLLM sizes its cache by it.
         vllm: the recipe's table of that name; None is its defaults.
         adapter: local folder of a LoRA adapter that the model is to have.
-        adapters: those that vLLM is to have at hand (``camopd.engines.shared``).
         replicas: copies of the model in processes of their own, which share the work; each has its own GPUs.
-        sleeps: a vLLM engine that shares its device with a trainer, see ``camopd.engines.colocated``.
 
     Raises:
         ValueError: an engine that does not exist.
         InputError: a model that the engine does not take, an engine that is not installed, or fewer GPUs than needed.
         EngineError: vLLM does not start.
     """
-    if name not in ("transformers", "vllm"):
-        raise ValueError(f"rollout.engine {name!r} is not known; use transformers or vllm")
-    if name == "vllm" and find_spec("vllm") is None:
-        what, fix = "vLLM is not installed here", "run this stage in the inference environment, or use transformers"
-        raise InputError([Problem("rollout.engine", what, fix)])
+    check_installed(name)
     from camopd.config import VLLM
+    from camopd.engines.shared import engines_over, vllm_over
 
     limits, settings = {"vocab_size": vocab_size, "batch_size": batch_size, "batch_tokens": batch_tokens}, vllm or VLLM()
     if replicas > 1:
@@ -181,21 +207,8 @@ def load_engine(
         place = {"path": str(path), "adapter": str(adapter) if adapter else None}
         engine = {"name": name, **place, "max_length": max_length, "vllm": settings.model_dump(mode="json")}
         return Replicas(replicas, settings.tensor_parallel_size if name == "vllm" else 1, engine | limits)
-    if name == "transformers":
-        from camopd.engines.shared import engines_over
-        from camopd.engines.transformers import load_model
+    if name == "vllm":
+        return vllm_over(path, {"": adapter}, **limits, max_length=max_length, settings=settings)[""]
+    from camopd.engines.transformers import load_model
 
-        return engines_over(load_model(path), {"": adapter}, **limits)[""]
-    if sleeps:
-        from camopd.engines.colocated import ColocatedVllm
-
-        return ColocatedVllm(path, **limits, max_length=max_length, settings=settings)
-    from camopd.engines.vllm import VllmEngine
-
-    at_hand = (adapter,) if adapter else adapters
-    served = VllmEngine(path, **limits, max_length=max_length, settings=settings, adapters=at_hand)
-    if adapter is None:
-        return served
-    from camopd.engines.vllm_lora import VllmAdapter
-
-    return VllmAdapter(served, 1, adapter)
+    return engines_over(load_model(path), {"": adapter}, **limits)[""]

@@ -53,13 +53,15 @@ def add_adapter(model: PreTrainedModel, name: str, folder: Path) -> None:
     config, tensors = read_adapter(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the model has another one already
-        inject_adapter_in_model(config, model, name)
+        inject_adapter_in_model(config, model, name, low_cpu_mem_usage=model.device.type == "meta")
     _fill(model, tensors, name, folder)
     if TRAINED in model.peft_config:
         use(model, TRAINED)
 
 
 def _fill(model: PreTrainedModel, tensors: Mapping[str, Tensor], name: str, folder: Path) -> None:
+    if model.device.type == "meta":
+        return  # no room for values
     try:
         result: Any = set_peft_model_state_dict(model, dict(tensors), name)
         wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{name}." in key)]
@@ -82,7 +84,7 @@ def fresh_adapter(model: PreTrainedModel, *, rank: int, alpha: float, targets: S
     torch.manual_seed(seed)
     chosen: Any = list(targets) or "all-linear"
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=chosen)  # type: ignore[arg-type]
-    inject_adapter_in_model(config, model, TRAINED)
+    inject_adapter_in_model(config, model, TRAINED, low_cpu_mem_usage=model.device.type == "meta")
     use(model, TRAINED)
 
 

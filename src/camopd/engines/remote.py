@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from camopd.engines import Sample, Scores, TokenIds
+from camopd.engines import Sample, Scores, TokenIds, checked_lengths
 from camopd.engines.served import TOGETHER, Server
 from camopd.errors import EngineError
 
@@ -66,7 +66,9 @@ class RemoteEngine:
         """
         if top_k:
             raise ValueError("a served model is not asked for the most likely tokens of its own answers")
-        self._check([len(prompt) for prompt in prompts], [max_new_tokens] * len(prompts))
+        checked_lengths(
+            [len(prompt) for prompt in prompts], [max_new_tokens] * len(prompts), self.max_length, self._server.base
+        )
 
         def one(index: int) -> Sample:
             seed = seeds[index] % 2**63  # the protocol's are signed
@@ -94,7 +96,9 @@ class RemoteEngine:
             stop: texts that end it.
             settings: fields of the request.
         """
-        self._check([len(prompt) for prompt in prompts], [max_new_tokens] * len(prompts))
+        checked_lengths(
+            [len(prompt) for prompt in prompts], [max_new_tokens] * len(prompts), self.max_length, self._server.base
+        )
         asked = {"temperature": 0.0, "max_tokens": max_new_tokens, "stop": list(stop)} | settings
 
         def one(index: int) -> NDArray[np.int32]:
@@ -131,7 +135,7 @@ class RemoteEngine:
         """
         if ids is not None or hidden:
             raise ValueError("a server neither scores given ids nor gives hidden states; give the model's folder")
-        lengths = self._check(list(map(len, prompts)), list(map(len, responses)))
+        lengths = checked_lengths(list(map(len, prompts)), list(map(len, responses)), self.max_length, self._server.base)
         top_k = min(top_k, self._vocab_size)
 
         def one(index: int) -> Scores:
@@ -173,18 +177,6 @@ class RemoteEngine:
     def _complete(self, prompt: TokenIds, asked: dict[str, Any]) -> dict[str, Any]:
         given = {"model": self._model, "prompt": list(map(int, prompt)), "add_special_tokens": False}
         return self._server.complete(given | {"return_token_ids": True} | PLAIN | asked)
-
-    def _check(self, prompts: Sequence[int], responses: Sequence[int]) -> list[int]:
-        """Lengths of whole sequences, given those of their parts."""
-        lengths = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        bad = [i for i, whole in enumerate(lengths) if not (prompts[i] and responses[i] and whole <= self.max_length)]
-        if bad:
-            raise EngineError(
-                f"{len(bad)} of {len(lengths)} sequences cannot go to {self._server.base}, the first with {prompts[bad[0]]} "
-                f"prompt and {responses[bad[0]]} response tokens: both must have one at least, and together at most "
-                f"{self.max_length}"
-            )
-        return lengths
 
 
 def by_value(entry: tuple[float, str]) -> float:

@@ -85,7 +85,7 @@ class Replicas:
         top_k: int = 0,
     ) -> Iterator[tuple[int, Sample]]:
         lengths = [len(prompt) for prompt in prompts]
-        batches, order = sample_batches(lengths, self._batch_size), Order([-length for length in lengths])
+        longest_first = sample_batches(lengths, self._batch_size)
         options = {"max_new_tokens": max_new_tokens, "eos_ids": list(map(int, eos_ids)), "top_k": top_k}
         own_seeds = np.array(seeds, np.uint64)
 
@@ -93,7 +93,7 @@ class Replicas:
             laid = end_to_end([prompts[i] for i in chunk])
             return pack({"method": "sample", "options": options}, [*laid, own_seeds[chunk]])
 
-        for index, sample in self._run(batches, order, task):
+        for index, sample in self._run(longest_first, lambda i: (-lengths[i], i), task):
             assert isinstance(sample, Sample), "as asked for"
             yield index, sample
 
@@ -117,12 +117,12 @@ class Replicas:
             given = [] if ids is None else [np.concatenate([np.asarray(ids[i], np.int32) for i in chunk])]
             return pack({"method": "score", "options": {"top_k": top_k}}, arrays + given)
 
-        for index, scores in self._run(longest_first, Order(lengths), task):
+        for index, scores in self._run(longest_first, lambda i: (lengths[i], i), task):
             assert isinstance(scores, Scores), "as asked for"
             yield index, scores
 
     def _run(
-        self, batches: Sequence[Sequence[int]], order: Order, task: Callable[[list[int]], bytes]
+        self, batches: Sequence[Sequence[int]], order: Callable[[int], tuple[int, int]], task: Callable[[list[int]], bytes]
     ) -> Iterator[tuple[int, Sample | Scores]]:
         """Hand out batches to whoever has nothing to do, and give each result as it comes.
 
@@ -181,16 +181,6 @@ class Replicas:
         how = "was killed, as happens where memory runs out" if code == -signal.SIGKILL else f"ended with exit code {code}"
         fix = "its own messages are above; where memory ran out, lower rollout.batch_size or score.batch_tokens"
         raise EngineError(f"replica {number} of {count} {how}; {fix}")
-
-
-class Order:
-    """Sorts requests by a length, those of the same length by number."""
-
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self._lengths = lengths
-
-    def __call__(self, index: int) -> tuple[int, int]:
-        return self._lengths[index], index
 
 
 # --- Their processes ------------------------------------------------------------------------------------------------------

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from camopd.engines import Engine, load_engine
+from camopd.engines import Engine, check_installed, load_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,33 +16,49 @@ Key = TypeVar("Key")
 
 
 @contextmanager
-def open_engines(name: str, base: Path, adapters: Mapping[str, Path | None], **options: Any) -> Iterator[dict[str, Engine]]:
-    """An engine for each model, closed at the end.
+def open_engines(name: str, base: Path, adapters: Mapping[Key, Path | None], **options: Any) -> Iterator[dict[Key, Engine]]:
+    """An engine for each model, closed at the end: what they held on the device is free again.
 
     Args:
         name: ``transformers`` or ``vllm``.
         base: local folder of the base.
         adapters: local folder of each model's adapter; None is the base alone.
-        options: those of ``load_engine``.
+        options: those of ``load_engine``; ``replicas`` counts for one model alone.
     """
+    check_installed(name)
+    limits = {key: options[key] for key in ("vocab_size", "batch_size", "batch_tokens")}
     if len(adapters) == 1:
         ((key, folder),) = adapters.items()
-        with closing(load_engine(name, base, adapter=folder, **options)) as engine:
-            yield {key: engine}
+        engines = {key: load_engine(name, base, adapter=folder, **options)}
     elif name == "vllm":
-        from camopd.engines.vllm import VllmEngine
-        from camopd.engines.vllm_lora import VllmAdapter
-
-        folders = [folder for folder in dict.fromkeys(adapters.values()) if folder is not None]
-        with closing(load_engine(name, base, adapters=folders, **options)) as whole:
-            assert isinstance(whole, VllmEngine)
-            numbers = {folder: number for number, folder in enumerate(folders, 1)}
-            yield {key: VllmAdapter(whole, numbers[at], at) if at else whole for key, at in adapters.items()}
+        engines = vllm_over(base, adapters, **limits, max_length=options["max_length"], settings=options["vllm"])
     else:
         from camopd.engines.transformers import load_model
 
-        limits = {key: options[key] for key in ("vocab_size", "batch_size", "batch_tokens")}
-        yield engines_over(load_model(base), adapters, **limits)
+        engines = engines_over(load_model(base), adapters, **limits)
+    try:
+        yield engines
+    finally:
+        for engine in set(engines.values()):
+            engine.close()
+
+
+def vllm_over(base: Path, adapters: Mapping[Key, Path | None], **options: Any) -> dict[Key, Engine]:
+    """An engine for each of several models in one vLLM, which ends when one of them is closed.
+
+    Args:
+        base: local folder of the base.
+        adapters: as in ``open_engines``.
+        options: those of ``VllmEngine``.
+    """
+    from camopd.engines.vllm import VllmEngine
+    from camopd.engines.vllm_lora import VllmAdapter
+
+    folders = [folder for folder in dict.fromkeys(adapters.values()) if folder]
+    whole = VllmEngine(base, **options, adapters=folders)
+    engines: dict[Path | None, Engine] = {at: VllmAdapter(whole, number, at) for number, at in enumerate(folders, 1)}
+    engines[None] = whole
+    return {key: engines[at] for key, at in adapters.items()}
 
 
 def engines_over(model: PreTrainedModel, adapters: Mapping[Key, Path | None], **limits: int) -> dict[Key, Engine]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,16 +40,30 @@ def load_model(path: Path, where: torch.device | None = None) -> PreTrainedModel
 
     Args:
         path: model folder.
-        where: device; none means the GPU when there is one.
+        where: device; none means the GPU when there is one. On ``meta`` the model has its form alone and no weight is read: its
+            values come from another process (``camopd.student.receive``).
 
     Raises:
-        InputError: parameters that are NaN or infinite, named.
+        InputError: parameters that are missing, NaN or infinite, named.
     """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
-    bad = nonfinite_parameters(model.named_parameters())
+    where = where or device()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        device_map="meta" if where.type == "meta" else None,
+    )
+    model, found = loaded
+    bad = dict.fromkeys(sorted(found["missing_keys"]), "is in none of the files, and would be random")
+    if where.type == "meta":
+        model.tie_weights()  # left undone without values to compare, where the files have both
+    else:
+        bad |= dict.fromkeys(nonfinite_parameters(model.named_parameters()), "holds NaN or infinity")
     if bad:
-        raise InputError([Problem(str(path), f"{name} holds NaN or infinity", "export the checkpoint again") for name in bad])
-    return use_packing(model.to(where or device()).eval())  # type: ignore[arg-type]
+        raise InputError([Problem(str(path), f"{name} {what}", "export the checkpoint again") for name, what in bad.items()])
+    return model.eval() if where.type == "meta" else use_packing(model.to(where).eval())
 
 
 def output_head(model: PreTrainedModel) -> torch.nn.Linear:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import psutil
 from numpy.typing import NDArray
 
 from camopd.config import VLLM
-from camopd.engines import Sample, Scores, TokenIds, token_batches
+from camopd.engines import Sample, Scores, TokenIds, checked_lengths, token_batches
 from camopd.errors import EngineError, InputError, Problem
 from camopd.losses import rows_at_once
 
@@ -39,6 +40,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from camopd.engines.vllm_lora import lora_arguments
 
 LOGITS_MIB = 1024  # float32 logits of one forward pass over a prompt that is scored: vLLM leaves no room for them by itself
+GRACE = 2.0  # seconds for a process to end by itself, twice; vLLM has waited five before
 MAX_HALVINGS = 3  # restarts with half the tokens before a scoring that dies is given up
 
 Request = tuple[list[int], SamplingParams]
@@ -108,9 +110,10 @@ class VllmEngine:
             **self._settings.model_dump(),
             **lora_arguments(self._adapters),
         )
-        others = set(psutil.Process().children(recursive=True))
+        others = children()
         try:
             engine = LLMEngine.from_engine_args(arguments)
+            self._processes = [process for process in children() - others if is_vllm(process)]
             broken = {name for names in engine.collective_rpc("camopd_prepare", args=(self._vocab_size,)) for name in names}
         except (RuntimeError, ValueError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -119,19 +122,17 @@ class VllmEngine:
                 "vllm.gpu_memory_utilization or vllm.tensor_parallel_size"
             ) from error
         except BaseException:  # SIGTERM's: vLLM ends the processes that it knows of, not one that it is just about to start
-            for process in set(psutil.Process().children(recursive=True)) - others:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+            kill(children() - others)
             raise
         if broken:
-            stop(engine)
+            stop(engine, self._processes)
             fix = "export the checkpoint again"
             raise InputError([Problem(str(self._path), f"{name} holds NaN or infinity", fix) for name in sorted(broken)])
         return engine
 
     def close(self) -> None:
-        """End vLLM's processes, and with them all that they hold on the device."""
-        stop(self._engine)
+        """End vLLM's processes, and with them all that they hold on the device. It may come twice."""
+        stop(self._engine, self._processes)
 
     def sample(
         self,
@@ -148,7 +149,7 @@ class VllmEngine:
         Raises:
             EngineError: prompts that are empty or leave no room, before any is sampled; or vLLM died.
         """
-        self._check([len(prompt) for prompt in prompts], [max_new_tokens] * len(prompts))
+        checked_lengths([len(prompt) for prompt in prompts], [max_new_tokens] * len(prompts), self._max_length, "vLLM")
         top_k = min(top_k, self._vocab_size)
         requests = {
             index: (
@@ -200,7 +201,7 @@ class VllmEngine:
         """
         if ids is not None or hidden:
             raise ValueError("vLLM neither scores given ids nor gives hidden states; use the transformers engine")
-        lengths = self._check(list(map(len, prompts)), list(map(len, responses)))
+        lengths = checked_lengths(list(map(len, prompts)), list(map(len, responses)), self._max_length, "vLLM")
         top_k = min(top_k, self._vocab_size)
         params = SamplingParams(
             max_tokens=1,
@@ -227,17 +228,6 @@ class VllmEngine:
                 own, topk_ids, topk_logprobs = columns(given, top_k)
                 yield index, Scores(own[start:], topk_ids[start:], topk_logprobs[start:])
 
-    def _check(self, prompts: Sequence[int], responses: Sequence[int]) -> list[int]:
-        """Lengths of whole sequences, given those of their parts: one that vLLM refuses would end all others with it."""
-        lengths = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        bad = [i for i, whole in enumerate(lengths) if not (prompts[i] and responses[i] and whole <= self._max_length)]
-        if bad:
-            raise EngineError(
-                f"{len(bad)} of {len(lengths)} sequences cannot go to vLLM, the first with {prompts[bad[0]]} prompt and "
-                f"{responses[bad[0]]} response tokens: both must have one at least, and together at most {self._max_length}"
-            )
-        return lengths
-
     def _answers(self, requests: Mapping[int, Request], lora: LoRARequest | None) -> Iterator[tuple[int, RequestOutput]]:
         """Run requests to their end, and give each as it ends. Results are joined by id, never by order."""
         engine, open_ids = self._engine, set(requests)
@@ -255,7 +245,7 @@ class VllmEngine:
             raise
 
     def _start_smaller(self, error: EngineDeadError) -> None:
-        stop(self._engine)
+        stop(self._engine, self._processes)
         if self._halvings == MAX_HALVINGS or self._batch_tokens == 1:
             raise EngineError(
                 f"vLLM's process died {self._halvings + 1} times while scoring, at last with {self._batch_tokens} tokens at "
@@ -267,9 +257,51 @@ class VllmEngine:
         self._engine = self._start()
 
 
-def stop(engine: LLMEngine) -> None:
+# --- Its processes --------------------------------------------------------------------------------------------------------
+
+
+def stop(engine: LLMEngine, processes: Sequence[psutil.Process]) -> None:
+    """End an engine, and wait until its processes are gone: the device may be wanted by the next one.
+
+    vLLM alone may come back before: it waits neither for what it kills nor for an end that its watching thread has begun.
+    """
     engine.renderer.shutdown()
     engine.engine_core.shutdown()
+    for _ in range(2):
+        deadline = time.monotonic() + GRACE
+        while any(map(is_alive, processes)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        kill(processes)
+
+
+def children() -> set[psutil.Process]:
+    """This process's, and theirs."""
+    return set(psutil.Process().children(recursive=True))
+
+
+def is_vllm(process: psutil.Process) -> bool:
+    """By the name that vLLM gives its processes: Python's own for resources stays for the next engine."""
+    try:
+        return process.name().startswith("VLLM")
+    except psutil.NoSuchProcess:
+        return False
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """One that has ended and waits to be read holds nothing any more. (``psutil.wait_procs`` would read it in vLLM's place.)"""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+# --- Its answers ----------------------------------------------------------------------------------------------------------
 
 
 def columns(given: FlatLogprobs, top_k: int) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:

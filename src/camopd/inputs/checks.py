@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from camopd.adapters import Weights, tokenizer_folder
 from camopd.errors import Problem
 from camopd.store import FileInfo, Store
 from camopd.store.uris import join
@@ -197,6 +198,12 @@ class ModelFacts:
     max_length: int | None
     eos_ids: frozenset[int]
     tied: bool
+
+
+def copy_description(store: Store, weights: Weights, folder: Path) -> None:
+    """The small files of a model: its base's, and over them an adapter's, where that has a tokenizer of its own."""
+    for uri in dict.fromkeys((weights.base, tokenizer_folder(weights, store))):
+        copy_small_files(store, uri, folder)
 
 
 def copy_small_files(store: Store, uri: str, folder: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from camopd.adapters import tokenizer_folder, weights_at
+from camopd.adapters import weights_at
 from camopd.config import Recipe
 from camopd.errors import InputError, Problem, StoreError
 from camopd.inputs.adapter_checks import check_adapter, check_lora
@@ -16,7 +16,7 @@ from camopd.inputs.checks import (
     check_same_architecture,
     check_shapes,
     check_weights,
-    copy_small_files,
+    copy_description,
     read_facts,
 )
 from camopd.inputs.teacher_prompts import user_turn
@@ -82,9 +82,7 @@ def check_models(named: Mapping[str, str], store: Store, scratch: Path, found: F
         folder = scratch / str(number)
         try:
             weights = weights_at(uri, store, recipe.base)
-            copy_small_files(store, weights.base, folder)
-            if tokenizer_folder(weights, store) != weights.base:
-                copy_small_files(store, uri, folder)
+            copy_description(store, weights, folder)
             facts, problems = read_facts(where, uri, folder)
             shapes, damage = check_weights(store, weights.base, tied=facts is None or facts.tied)
             if weights.adapter is not None:

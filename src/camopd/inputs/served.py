@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from camopd.adapters import weights_at
 from camopd.config import Recipe
 from camopd.engines.remote import RemoteEngine
 from camopd.engines.served import Server
-from camopd.errors import EngineError, Problem, StoreError
-from camopd.inputs.checks import copy_small_files, read_facts
+from camopd.errors import EngineError, InputError, Problem, StoreError
+from camopd.inputs.checks import copy_description, read_facts
 from camopd.inputs.tokens import encoded, load_tokenizer, num_ids, probes
 from camopd.recipe.served import split_served
 from camopd.store import Store, digest
@@ -101,8 +102,8 @@ def _of_student(recipe: Recipe, store: Store) -> tuple[PreTrainedTokenizerFast |
     with tempfile.TemporaryDirectory(prefix="camopd-") as scratch:
         folder = Path(scratch) / "student"
         try:
-            copy_small_files(store, recipe.student, folder)
-        except StoreError:
+            copy_description(store, weights_at(recipe.student, store, recipe.base), folder)
+        except (StoreError, InputError):
             return None, 0
         facts, _ = read_facts("student", recipe.student, folder)
         return (load_tokenizer(facts)[0], facts.vocab_size) if facts else (None, 0)

@@ -1,8 +1,8 @@
 """Local folders and s3:// prefixes behind one small interface, and what makes a prefix finished.
 
 A stage writes one prefix and its ``manifest.json`` last; a prefix without a manifest does not exist. Nothing that lies in a
-store is ever deleted but what training keeps for its own restart, and names that begin with a dot (``.git``, ``.cache``,
-half-written files) are nobody's content.
+store is ever deleted but what training keeps for its own restart and what a killed attempt left in a local folder, and names
+that begin with a dot (``.git``, ``.cache``, half-written files) are nobody's content.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Store:
     def remove(self, uri: str) -> bool:
         """Delete a file, or a prefix with all that lies below it, its manifest first. False where that is not allowed.
 
-        For what training keeps for its own restart; nothing else is ever deleted.
+        For what training keeps for its own restart; nothing else of a finished prefix is ever deleted.
         """
         return self._backend(uri).remove(uri)
 

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from camopd.errors import MissingError, StoreError
@@ -84,7 +84,9 @@ class LocalBackend:
             with _lock(root):
                 if (root / MANIFEST).exists():
                     return False
-                for name, path in (entry for part in (*shared, folder) for entry in content_of(part)):
+                content = [entry for part in (*shared, folder) for entry in content_of(part)]
+                _remove_leftovers(root, {name for name, _ in content})
+                for name, path in content:
                     _move(path, root / name)
                 return self.write(join(uri, MANIFEST), (folder / MANIFEST).read_bytes(), if_absent=True)
 
@@ -128,6 +130,20 @@ def content_of(root: Path) -> Sequence[tuple[str, Path]]:
         collect(root, "", ())
     found.pop(MANIFEST, None)
     return sorted(found.items())
+
+
+def _remove_leftovers(root: Path, names: Collection[str]) -> None:
+    """Delete what a killed attempt left below an unfinished prefix and this one does not write.
+
+    Whoever opens the folder would take it for content. Hidden names, finished prefixes below this one, and what is behind a
+    link to a folder are not its own.
+    """
+    for above, folders, files in os.walk(root):
+        here = Path(above)
+        folders[:] = [name for name in folders if not name.startswith(".") and not (here / name / MANIFEST).exists()]
+        for path in (here / name for name in files if not name.startswith(".")):
+            if path.relative_to(root).as_posix() not in names:
+                path.unlink()
 
 
 def local_path(uri: str) -> Path:

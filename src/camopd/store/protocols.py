@@ -41,6 +41,8 @@ class Backend(Protocol):
     def publish(self, folder: Path, uri: str, shared: Sequence[Path] = ()) -> bool:
         """Make the prefix from all files of a folder, which were sent before, its manifest last; they may be moved.
 
+        What is fetched of it afterwards holds these files alone, whatever killed attempts have left there.
+
         ``shared`` are the folders of the other writers, where there are several. False: it was finished already, with the same
         content.
         """

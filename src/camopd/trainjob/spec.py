@@ -30,6 +30,7 @@ class JobSpec(BaseModel):
         runtime: name of the TrainingRuntime or ClusterTrainingRuntime.
         runtime_kind: which of the two.
         image: image of the pods.
+        image_pull_secrets: Secrets with the registry's credentials, beside the runtime's.
         accelerator: resource name, such as nvidia.com/gpu.
         count: accelerators of a pod, and processes of it; without accelerators one process.
         cpu: cores requested.
@@ -51,6 +52,7 @@ class JobSpec(BaseModel):
     runtime: str
     runtime_kind: Literal["ClusterTrainingRuntime", "TrainingRuntime"] = "ClusterTrainingRuntime"
     image: str
+    image_pull_secrets: tuple[str, ...] = ()
     accelerator: str | None = None
     count: int = 0
     cpu: str | None = None
@@ -137,6 +139,8 @@ def _patch(spec: JobSpec) -> dict[str, Any]:
     pod: dict[str, Any] = {}
     if spec.service_account:
         pod["serviceAccountName"] = spec.service_account
+    if spec.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in spec.image_pull_secrets]
     if spec.selectors:
         pod["nodeSelector"] = dict(spec.selectors)
     if spec.tolerations:
