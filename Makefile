@@ -55,7 +55,7 @@ micro: $(READY)  ## Make the models, prompts and tasks of examples/micro from no
 locks: $(READY)  ## Write the images' locks again, after a change in constraints.txt or requirements-vllm.txt
 	$(BIN)/python -m images.lock
 
-images: $(READY)  ## Build core, trainer and inference with podman (docs/containers.md): BASE=, VARIANT=cuda, ENGINE=docker
+images: $(READY)  ## Build core, trainer and inference with podman (docs/containers.md): BASE=debootstrap, VARIANT=cuda, ENGINE=docker
 	@[ "$(ENGINE)" != podman ] || bash scripts/setup_podman.sh
 	$(BIN)/python -m images.build --base "$(BASE)" --variant $(VARIANT) --engine $(ENGINE)
 

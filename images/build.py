@@ -1,7 +1,7 @@
 """Build the images: ``python -m images.build [core trainer inference] [--base IMAGE] [--variant cpu|cuda] [--engine docker]``.
 
-Which base: the one that is given, else the pinned one of digests.toml, else one that debootstrap makes here. Packages come
-from where this machine's pip takes them, and none of its settings stays in an image.
+Which base: the pinned one of digests.toml, or what ``--base`` gives; ``--base debootstrap`` makes one here, without a registry.
+Packages come from where this machine's pip takes them, and none of its settings stays in an image.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from camopd import __version__
 ROOT = Path(__file__).parents[1]
 DIGESTS = ROOT / "images/digests.toml"
 NAMES = ("core", "trainer", "inference")
+DEBOOTSTRAP = "debootstrap"  # as a base: make it here
 BOOTSTRAPPED = "localhost/camopd-base:bookworm"
 PACKAGES = "python3,python3-venv,ca-certificates"  # of the base; venv brings the pip that the build starts with
 PIP_SETTINGS = ("index-url", "extra-index-url", "find-links", "trusted-host", "cert", "client-cert", "proxy", "timeout")
@@ -52,10 +53,26 @@ def run(engine: str, *arguments: str) -> str:
 # --- The base -------------------------------------------------------------------------------------------------------------
 
 
-def pinned(text: str) -> str | None:
-    """``name:tag@digest`` of a digests.toml, or None while the digest is empty."""
+def pinned(text: str) -> str:
+    """``name:tag@digest`` of a digests.toml."""
     base = tomllib.loads(text)
-    return f"{base['name']}:{base['tag']}@{base['digest']}" if base["digest"] else None
+    return f"{base['name']}:{base['tag']}@{base['digest']}"
+
+
+def pull(engine: str, base: str) -> str:
+    """Have the pinned base on this machine; the engine compares what arrives with the digest.
+
+    Raises:
+        SystemExit: there is no such image, or no registry; the engine's message comes before.
+    """
+    try:
+        run(engine, "pull", "--quiet", base)
+    except subprocess.CalledProcessError:
+        raise SystemExit(
+            f"The base {base} could not be pulled. No registry here: BASE={DEBOOTSTRAP} makes one from Debian's packages, "
+            f"BASE=IMAGE takes yours. Digest refused: `python -m images.build --pin` renews it in {DIGESTS.relative_to(ROOT)}."
+        ) from None
+    return base
 
 
 def pin(engine: str, path: Path = DIGESTS) -> str:
@@ -75,9 +92,9 @@ def bootstrap(engine: str) -> str:
     if run(engine, "images", "--quiet", BOOTSTRAPPED):
         return BOOTSTRAPPED
     if os.geteuid() != 0:
-        raise SystemExit(f"{DIGESTS} has no digest, and debootstrap needs root: give a base by --base, or pin one by --pin.")
+        raise SystemExit("debootstrap needs root: run this as root, or leave BASE away to pull the pinned base.")
     with tempfile.TemporaryDirectory() as folder:
-        print(f"No digest in {DIGESTS.relative_to(ROOT)}: making {BOOTSTRAPPED} with debootstrap ...", flush=True)
+        print(f"Making {BOOTSTRAPPED} with debootstrap ...", flush=True)
         command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", folder]
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
         caches = ["--exclude=./var/cache/apt/*", "--exclude=./var/lib/apt/lists/*"]
@@ -132,7 +149,7 @@ def build(name: str, base: str, *, variant: str, engine: str) -> None:
 
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="core, trainer, inference; all without a name.")] = None,
-    base: Annotated[str, typer.Option(help="Image with Python 3.11 and venv; none: of digests.toml, else debootstrap's.")] = "",
+    base: Annotated[str, typer.Option(help="Image with Python 3.11 and venv, or debootstrap; else digests.toml's.")] = "",
     variant: Annotated[str, typer.Option(help="Build of torch and vLLM: cpu or cuda.")] = "cpu",
     engine: Annotated[str, typer.Option(help="podman or docker.")] = "podman",
     pin_base: Annotated[bool, typer.Option("--pin", help="Write the base's digest into digests.toml, build nothing.")] = False,
@@ -141,7 +158,7 @@ def main(
     if pin_base:
         print(pin(engine))
         return
-    chosen = base or pinned(DIGESTS.read_text(encoding="utf-8")) or bootstrap(engine)
+    chosen = bootstrap(engine) if base == DEBOOTSTRAP else base or pull(engine, pinned(DIGESTS.read_text(encoding="utf-8")))
     table = Table("image", "MB", "built in", title=f"{variant}, {revision()[:12]}, base {chosen}")
     for name in names or NAMES:
         begun = time.monotonic()

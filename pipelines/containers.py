@@ -7,6 +7,7 @@ A container sees the folders that the recipe names, at the same paths, and write
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 PASSED = ("AWS_", "CAMOPD_PROGRESS", "MLFLOW_", "OMP_NUM_THREADS")  # beginnings of what stages read of the environment
 LABEL = "camopd.folder"
 NOT_STARTED = 125
+PATIENCE = 600  # seconds for an answer of the engine; while it commits an image of gigabytes, it gives none
 # Root in group 0, as OpenShift's pods are members of it; another user keeps his numbers, so that his files are his.
 USER = f"{os.getuid()}:{os.getgid()}" if os.getuid() else "1234567:0"
 CONTAINERS_CONF = Path(__file__).parents[1] / "images/containers.conf"
@@ -137,6 +139,7 @@ def docker_runner(folders: Folders) -> Iterator[local.DockerRunner]:
         return run_container(client, image, command, volumes={**volumes, **folders.volumes()}, **arguments)
 
     docker_task_handler.run_docker_container = run
+    docker.from_env = functools.partial(docker.DockerClient.from_env, timeout=PATIENCE)  # kfp's clients, too
     os.umask(0o002)  # folders made here are written by the group of the containers' user
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raised where it waits, so that the container is removed
     with service():

@@ -5,7 +5,7 @@ packages=(podman buildah runc netavark aardvark-dns conmon uidmap iptables deboo
 
 if command -v podman >/dev/null && command -v debootstrap >/dev/null; then exit 0; fi
 if [ "$(id -u)" != 0 ]; then
-  echo "Not root, so nothing can be installed: run 'sudo apt-get install ${packages[*]}', or use Docker by 'make images ENGINE=docker BASE=python:3.11-slim-bookworm'." >&2
+  echo "Not root, so nothing can be installed: run 'sudo apt-get install ${packages[*]}', or use Docker by 'make images ENGINE=docker'." >&2
   exit 1
 fi
 apt-get update -qq

@@ -147,7 +147,7 @@ def test_every_problem_is_told_at_once(values: dict[str, Any], tmp_path: Path) -
     )
     for words in (
         "branches.domain.prompts: ",
-        "output: ",
+        f"output: {tmp_path}/file/runs cannot be written",
         "branches.domain.tasks: is empty",
         "branches.general.tasks: there is no task 'b'",
         f"{tmp_path}/teacher/model.safetensors: has 0 bytes",
@@ -156,6 +156,7 @@ def test_every_problem_is_told_at_once(values: dict[str, Any], tmp_path: Path) -
     ):
         assert any(problem.startswith(words) for problem in found), words
     assert len(found) == 7
+    assert any("cannot be written" in problem and "output_uri in a run form" in problem for problem in found)
     assert not (tmp_path / "runs").exists()
 
 

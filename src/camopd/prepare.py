@@ -116,7 +116,8 @@ def check_output(output: str, store: Store) -> list[Problem]:
     try:
         store.write(join(output, ".camopd"), b"")
     except StoreError as error:
-        return [Problem("output", str(error), "give a folder or an s3:// prefix that can be written")]
+        fix = "give a folder or s3:// prefix that every stage can write: output_uri in a run form, --set output=... elsewhere"
+        return [Problem("output", f"{output} cannot be written ({error})", fix)]
     return []
 
 

