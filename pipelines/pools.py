@@ -86,6 +86,9 @@ class Pool(Shared):
     shm: str | None = Field(
         default=None, pattern=_QUANTITY, description="Size of /dev/shm; torch and vLLM need more than 64 MiB."
     )
+    scratch: str | None = Field(
+        default=None, pattern=_QUANTITY, description="Disk at /tmp, an emptyDir: models are downloaded there."
+    )
     selectors: dict[str, str] = Field(default_factory=dict, description="Node labels that must match.")
     tolerations: tuple[Toleration, ...] = ()
     retries: int = Field(
@@ -137,6 +140,8 @@ class Pool(Shared):
             task.set_memory_request(self.memory).set_memory_limit(self.memory)
         if self.shm:
             kubernetes.empty_dir_mount(task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit=self.shm)
+        if self.scratch:
+            kubernetes.empty_dir_mount(task, volume_name="scratch", mount_path="/tmp", size_limit=self.scratch)
         for label, value in self.selectors.items():
             kubernetes.add_node_selector(task, label_key=label, label_value=value)
         for toleration in self.tolerations:

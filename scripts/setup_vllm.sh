@@ -13,7 +13,7 @@ fi
 rm -rf "$venv"
 "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
-echo "Installing vLLM into $venv (about two minutes, 3.5 GB) ..."
+echo "Installing vLLM into $venv (two to eight minutes, 3.6 GB) ..."
 pip install 'torch==2.13.0'
 pip install --no-deps --requirement requirements-vllm.txt
 pip install --no-deps --editable .

@@ -124,6 +124,7 @@ secrets = { AWS_SECRET_ACCESS_KEY = "camopd-s3/secret-key" }
         cpu="64",
         memory="512Gi",
         shm="64Gi",
+        scratch="1Ti",
         selectors={"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"},
         tolerations=({"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},),
         service_account="camopd-nodes",

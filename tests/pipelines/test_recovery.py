@@ -315,11 +315,14 @@ def test_several_nodes_change_the_train_step_alone(pooled, spread):
     assert pooled[0]["root"] == spread[0]["root"], "the run form stays as it is"
 
 
-def test_pods_get_shared_memory_selectors_and_tolerations(pooled):
+def test_pods_get_shared_memory_a_disk_selectors_and_tolerations(pooled):
     pods = pooled[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert {stage(name) for name in pods} == {f"exec-{name}" for name in NEEDS_GPU}
     train = pods["exec-train"]
-    assert train["emptyDirMounts"] == [{"medium": "Memory", "mountPath": "/dev/shm", "sizeLimit": "64Gi", "volumeName": "shm"}]
+    assert train["emptyDirMounts"] == [
+        {"medium": "Memory", "mountPath": "/dev/shm", "sizeLimit": "64Gi", "volumeName": "shm"},
+        {"mountPath": "/tmp", "sizeLimit": "1Ti", "volumeName": "scratch"},
+    ]
     assert train["nodeSelector"]["labels"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
     assert train["tolerations"] == [{"effect": "NoSchedule", "key": "nvidia.com/gpu", "operator": "Exists"}]
 

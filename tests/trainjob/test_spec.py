@@ -27,6 +27,7 @@ FULL = JobSpec(
     cpu="64",
     memory="512Gi",
     shm="64Gi",
+    scratch="1Ti",
     resources={"rdma/ib": "8"},
     selectors={"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"},
     tolerations=({"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},),
@@ -95,8 +96,16 @@ def test_where_the_pods_run():
             "imagePullSecrets": [{"name": "registry"}, {"name": "mirror"}],
             "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"},
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
-            "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Gi"}}],
-            "containers": [{"name": "node", "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}]}],
+            "volumes": [
+                {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Gi"}},
+                {"name": "scratch", "emptyDir": {"sizeLimit": "1Ti"}},
+            ],
+            "containers": [
+                {
+                    "name": "node",
+                    "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}, {"name": "scratch", "mountPath": "/tmp"}],
+                }
+            ],
         },
     }
 

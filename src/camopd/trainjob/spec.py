@@ -36,6 +36,7 @@ class JobSpec(BaseModel):
         cpu: cores requested.
         memory: memory requested, and the limit.
         shm: size of /dev/shm.
+        scratch: size of the disk at /tmp, where models are downloaded.
         resources: other resources of a pod, such as network cards.
         selectors: node labels that must match.
         tolerations: taints that are accepted, in Kubernetes' fields.
@@ -58,6 +59,7 @@ class JobSpec(BaseModel):
     cpu: str | None = None
     memory: str | None = None
     shm: str | None = None
+    scratch: str | None = None
     resources: Mapping[str, str] = {}
     selectors: Mapping[str, str] = {}
     tolerations: tuple[Mapping[str, str], ...] = ()
@@ -145,9 +147,11 @@ def _patch(spec: JobSpec) -> dict[str, Any]:
         pod["nodeSelector"] = dict(spec.selectors)
     if spec.tolerations:
         pod["tolerations"] = [dict(toleration) for toleration in spec.tolerations]
-    if spec.shm:
-        pod["volumes"] = [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": spec.shm}}]
-        pod["containers"] = [{"name": NODE, "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}]}]
+    shm = [("shm", "/dev/shm", {"medium": "Memory", "sizeLimit": spec.shm})] if spec.shm else []
+    scratch = [("scratch", "/tmp", {"sizeLimit": spec.scratch})] if spec.scratch else []
+    if volumes := shm + scratch:
+        pod["volumes"] = [{"name": name, "emptyDir": kind} for name, _, kind in volumes]
+        pod["containers"] = [{"name": NODE, "volumeMounts": [{"name": name, "mountPath": at} for name, at, _ in volumes]}]
     # Istio's proxy neither lets the nodes meet nor ends when they do.
     template: dict[str, Any] = {"metadata": {"labels": MANAGED_BY | {"sidecar.istio.io/inject": "false"}}}
     if pod:
