@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from camopd import group
 from camopd.config import Recipe
 from camopd.engines.packing import PACKED
 from camopd.student import Student
@@ -141,6 +142,7 @@ def _count_update(config: Mapping[str, Any], recipe: Recipe, prompt: int, respon
     ranks, vocab_size = recipe.train.num_processes, config["vocab_size"]
     if ranks > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+        group._current = group.Group(size=ranks)  # as one of many that say nothing
     together = max(recipe.train.batch_tokens // (prompt + response), 1) * ranks  # samples in a pass of all processes
     rows: Sequence[Mapping[str, Any]] = [make_row(prompt, response, vocab_size)] * (passes * together)
     with on_shapes() as counter:

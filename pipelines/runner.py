@@ -6,6 +6,7 @@ run as processes of this Python, in this folder, with this environment; or in co
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import json
 import os
@@ -13,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pipelines.containers import Folders, docker_runner
@@ -43,9 +44,19 @@ def run_compiled(
         start = contextlib.nullcontext(local.SubprocessRunner(use_venv=False))
     else:
         start = docker_runner(containers)
-    with start as runner:
+    with start as runner, restored_print():
         local.init(runner, pipeline_root=str(root), raise_on_error=True)
         components.load_component_from_file(str(compiled))(**parameters)
+
+
+@contextlib.contextmanager
+def restored_print() -> Iterator[None]:
+    """kfp indents what is printed while it reports, from several threads at once, and may leave its own ``print`` behind."""
+    before = builtins.print
+    try:
+        yield
+    finally:
+        builtins.print = before
 
 
 def _end_with(parent: int) -> None:

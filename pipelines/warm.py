@@ -10,11 +10,16 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from camopd.tracking.mlflow_tracker import ENVIRONMENT
 
+# Loops run in threads. A start looks after all other children, too, and of two that look after one at the same time one finds
+# its exit code gone and makes it 255.
+_CHILDREN = threading.Lock()
 PRELOADED = ["camopd.train", "mlflow"]  # none of them starts a thread, so that forking is safe
 
 
@@ -40,8 +45,11 @@ def run_component(full_command: Sequence[str], env_vars: Mapping[str, str] | Non
     assert "kfp.dsl.executor_main" in script, "not the command of a lightweight component"
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=_execute, args=(source, arguments, {**os.environ, **(env_vars or {})}, os.getcwd()))
-    process.start()
-    process.join()
+    with _CHILDREN:
+        process.start()
+    wait([process.sentinel])
+    with _CHILDREN:
+        process.join()
     assert process.exitcode is not None
     return process.exitcode
 

@@ -5,6 +5,7 @@ A few prompts and tokens: what is looked at is the graph, also when a round fail
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from camopd.rounds import record_stop
 from camopd.store import Store
 from components.report_outcome import report_outcome
 from pipelines.runner import run_compiled
+from pipelines.warm import run_component
 from tests.integration.runs import weights
 
 pytestmark = [
@@ -162,3 +164,20 @@ def test_bad_input_is_told_by_the_exit_handler_too(run, tmp_path):
     _, outcome = run(input_general_model_uri=str(tmp_path / "nowhere"), method_seed="-1", fails="prepare")
     assert "method_seed" in outcome
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("graph-*"))
+
+
+def test_components_of_several_threads_keep_their_exit_codes():
+    """A code that another thread has read is 255 to the one that waits for it."""
+    command = [
+        "sh",
+        "-ec",
+        "kfp.dsl.executor_main",
+        "import sys; sys.exit(7)",
+        "--executor_input",
+        "{}",
+        "--function_to_execute",
+        "f",
+    ]
+    with ThreadPoolExecutor(8) as threads:
+        codes = list(threads.map(lambda _: run_component(command), range(64)))
+    assert set(codes) == {7}
