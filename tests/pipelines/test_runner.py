@@ -4,8 +4,11 @@ A few prompts and tokens: what is looked at is the graph, also when a round fail
 """
 
 import json
+import random
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,18 +169,15 @@ def test_bad_input_is_told_by_the_exit_handler_too(run, tmp_path):
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("graph-*"))
 
 
-def test_components_of_several_threads_keep_their_exit_codes():
-    """A code that another thread has read is 255 to the one that waits for it."""
-    command = [
-        "sh",
-        "-ec",
-        "kfp.dsl.executor_main",
-        "import sys; sys.exit(7)",
-        "--executor_input",
-        "{}",
-        "--function_to_execute",
-        "f",
-    ]
-    with ThreadPoolExecutor(8) as threads:
-        codes = list(threads.map(lambda _: run_component(command), range(64)))
-    assert set(codes) == {7}
+def test_components_of_several_threads_keep_their_exit_codes(monkeypatch):
+    """A code that another thread has read is 255 to the one that waits for it; here each takes its time to read."""
+
+    def slowly(sentinel, read=forkserver.read_signed):
+        time.sleep(random.uniform(0, 0.1))
+        return read(sentinel)
+
+    monkeypatch.setattr(forkserver, "read_signed", slowly)
+    source = "import sys; sys.exit(7)"
+    command = ["sh", "-ec", "kfp.dsl.executor_main", source, "--executor_input", "{}", "--function_to_execute", "f"]
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(lambda _: run_component(command), range(24))) == {7}
