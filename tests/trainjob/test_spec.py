@@ -33,6 +33,13 @@ FULL = JobSpec(
     tolerations=({"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},),
     service_account="camopd-nodes",
     queue="gpu-queue",
+    priority_class="nightly",
+    labels={"team": "nlp"},
+    node_affinity={
+        "requiredDuringSchedulingIgnoredDuringExecution": {
+            "nodeSelectorTerms": [{"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]}]
+        }
+    },
     env={"NCCL_DEBUG": "WARN", "AWS_ENDPOINT_URL_S3": "https://s3.example"},
     secrets={"AWS_SECRET_ACCESS_KEY": "camopd-s3/secret-key", "AWS_ACCESS_KEY_ID": "camopd-s3/access-key"},
     timeout_minutes=90,
@@ -54,7 +61,11 @@ def test_who_it_is_and_whose():
     assert (job["apiVersion"], job["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
     assert job["metadata"] == {
         "name": job_name(ROUND),
-        "labels": {"app.kubernetes.io/managed-by": "camopd", "kueue.x-k8s.io/queue-name": "gpu-queue"},
+        "labels": {
+            "app.kubernetes.io/managed-by": "camopd",
+            "kueue.x-k8s.io/queue-name": "gpu-queue",
+            "kueue.x-k8s.io/priority-class": "nightly",
+        },
         "annotations": {"camopd.io/run": "s3://bucket/runs/medical-8b-0123456789ab", "camopd.io/round": "7"},
         "ownerReferences": [{"apiVersion": "v1", "kind": "Pod", "name": "train-pod", "uid": "u-1"}],
     }
@@ -90,11 +101,12 @@ def test_where_the_pods_run():
     job = render(FULL, ROUND)
     assert job["spec"]["runtimePatches"][0]["manager"] == "camopd.io/pools"  # Trainer wants a prefix of a domain
     assert pod_template(job) == {
-        "metadata": {"labels": {"app.kubernetes.io/managed-by": "camopd", "sidecar.istio.io/inject": "false"}},
+        "metadata": {"labels": {"team": "nlp", "app.kubernetes.io/managed-by": "camopd", "sidecar.istio.io/inject": "false"}},
         "spec": {
             "serviceAccountName": "camopd-nodes",
             "imagePullSecrets": [{"name": "registry"}, {"name": "mirror"}],
             "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"},
+            "affinity": {"nodeAffinity": FULL.node_affinity},
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
             "volumes": [
                 {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Gi"}},

@@ -39,9 +39,12 @@ class JobSpec(BaseModel):
         scratch: size of the disk at /tmp, where models are downloaded.
         resources: other resources of a pod, such as network cards.
         selectors: node labels that must match.
+        node_affinity: in Kubernetes' fields.
         tolerations: taints that are accepted, in Kubernetes' fields.
+        labels: of the pods.
         service_account: of the pods; none is the runtime's.
         queue: Kueue's local queue.
+        priority_class: Kueue's WorkloadPriorityClass in that queue.
         env: variables of the pods.
         secrets: variables whose value is ``name/key`` of a Secret.
         timeout_minutes: longest time of a job, not counting the time in a queue.
@@ -62,12 +65,21 @@ class JobSpec(BaseModel):
     scratch: str | None = None
     resources: Mapping[str, str] = {}
     selectors: Mapping[str, str] = {}
+    node_affinity: Mapping[str, Any] = {}
     tolerations: tuple[Mapping[str, str], ...] = ()
+    labels: Mapping[str, str] = {}
     service_account: str | None = None
     queue: str | None = None
+    priority_class: str | None = None
     env: Mapping[str, str] = {}
     secrets: Mapping[str, str] = {}
     timeout_minutes: int | None = None
+
+
+def kueue_labels(queue: str | None, priority_class: str | None) -> dict[str, str]:
+    """What puts an object into Kueue's local queue, at a priority there; nothing without a queue."""
+    named = {"queue-name": queue, "priority-class": priority_class}
+    return {f"kueue.x-k8s.io/{name}": value for name, value in named.items() if value}
 
 
 def job_name(round_uri: str) -> str:
@@ -94,7 +106,7 @@ def render(spec: JobSpec, round_uri: str, *, owner: Mapping[str, str] | None = N
     run_uri, number = layout.run_and_round(round_uri)
     metadata: dict[str, Any] = {
         "name": job_name(round_uri),
-        "labels": MANAGED_BY | ({"kueue.x-k8s.io/queue-name": spec.queue} if spec.queue else {}),
+        "labels": MANAGED_BY | kueue_labels(spec.queue, spec.priority_class),
         "annotations": {f"{SERVES}/run": run_uri, f"{SERVES}/round": str(number)},
     }
     if owner:
@@ -145,6 +157,8 @@ def _patch(spec: JobSpec) -> dict[str, Any]:
         pod["imagePullSecrets"] = [{"name": name} for name in spec.image_pull_secrets]
     if spec.selectors:
         pod["nodeSelector"] = dict(spec.selectors)
+    if spec.node_affinity:
+        pod["affinity"] = {"nodeAffinity": dict(spec.node_affinity)}
     if spec.tolerations:
         pod["tolerations"] = [dict(toleration) for toleration in spec.tolerations]
     shm = [("shm", "/dev/shm", {"medium": "Memory", "sizeLimit": spec.shm})] if spec.shm else []
@@ -153,7 +167,8 @@ def _patch(spec: JobSpec) -> dict[str, Any]:
         pod["volumes"] = [{"name": name, "emptyDir": kind} for name, _, kind in volumes]
         pod["containers"] = [{"name": NODE, "volumeMounts": [{"name": name, "mountPath": at} for name, at, _ in volumes]}]
     # Istio's proxy neither lets the nodes meet nor ends when they do.
-    template: dict[str, Any] = {"metadata": {"labels": MANAGED_BY | {"sidecar.istio.io/inject": "false"}}}
+    labels = {**spec.labels, **MANAGED_BY, "sidecar.istio.io/inject": "false"}
+    template: dict[str, Any] = {"metadata": {"labels": labels}}
     if pod:
         template["spec"] = pod
     job = {"name": NODE, "template": {"spec": {"template": template}}}
