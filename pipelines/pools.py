@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from camopd.errors import InputError, Problem
 from camopd.trainjob import JobSpec
-from camopd.trainjob.spec import RESERVED, kueue_labels
+from camopd.trainjob.spec import CA_FOLDER, RESERVED, kueue_labels, trusting
 from components import TRAINER
 from pipelines.affinity import NodeAffinity
 
@@ -57,6 +57,9 @@ class Shared(_Table):
         default=(), description="Secrets with the registry's credentials."
     )
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    ca_bundle: str | None = Field(
+        default=None, pattern=_SECRET, description="name/key of a ConfigMap: all certificates that connections are to trust."
+    )
     labels: dict[Annotated[str, Field(pattern=_LABEL)], Annotated[str, Field(pattern=_LABEL_VALUE)]] = Field(
         default_factory=dict, description="Labels of the pods, for network policies, quotas and bills."
     )
@@ -143,6 +146,7 @@ class Pool(Shared):
                 "secrets": others(shared.secrets) | self.secrets,
                 "image_pull_secrets": self.image_pull_secrets or shared.image_pull_secrets,
                 "image_pull_policy": self.image_pull_policy or shared.image_pull_policy,
+                "ca_bundle": self.ca_bundle or shared.ca_bundle,
                 "labels": shared.labels | self.labels,
             }
         )
@@ -156,7 +160,9 @@ class Pool(Shared):
             kubernetes.set_image_pull_secrets(task, list(self.image_pull_secrets))
         if self.image_pull_policy:
             kubernetes.set_image_pull_policy(task, self.image_pull_policy)
-        for variable, value in self.env.items():
+        if self.ca_bundle:
+            kubernetes.use_config_map_as_volume(task, config_map_name=self.ca_bundle.split("/")[0], mount_path=CA_FOLDER)
+        for variable, value in (trusting(self.ca_bundle, self.secrets) | self.env).items():
             task.set_env_variable(variable, value)
         for variable, reference in self.secrets.items():  # one by one: two variables may want the same key
             secret, key = reference.split("/")
@@ -304,6 +310,7 @@ _PATTERNS = {
     "labels": "write a Kubernetes label: letters, digits, dots, hyphens and underscores, at most 63",
     "image_pull_secrets": _NAMED,
     "env": "write the name of a variable: letters, digits and underscores",
+    "ca_bundle": 'write "configmap-name/key"',
     "secrets": 'write VARIABLE = "secret-name/key"',
 }
 

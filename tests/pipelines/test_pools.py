@@ -87,6 +87,7 @@ def test_every_problem_is_named_at_once(tmp_path):
         ),
         (f'{NODES}image_pull_policy = "Always"\n', "image_pull_policy of a job's pods is the runtime's"),
         ("[all]\ncount = 1\n", "all.count"),
+        ('[all]\nca_bundle = "company-ca"\n', 'write "configmap-name/key"'),
         ('[all]\nlabels = { "team!" = "a" }\n', "write a Kubernetes label"),
         ('[inference]\npriority_class = "high"\n', "priority_class is Kueue's, so it needs a queue"),
         (f"[inference]\n{affinity('Near', ['a'])}", "operator"),
@@ -267,3 +268,15 @@ def test_labels_queue_and_affinity_are_those_of_the_pods(tmp_path):
     assert term["nodeAffinityJson"]["runtimeValue"]["constant"] == {
         "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 10, "preference": nodes}]
     }
+
+
+def test_a_bundle_of_certificates_is_mounted_and_named(tmp_path):
+    pools = '[all]\nca_bundle = "company-ca/ca.crt"\n[cpu]\nsecrets = { AWS_CA_BUNDLE = "s3/bundle" }\n'
+    _, containers, pods = compiled(tmp_path, pools)
+    path = "/etc/camopd-ca/ca.crt"
+    named = {"REQUESTS_CA_BUNDLE": path, "SSL_CERT_FILE": path}
+    assert variables(containers["exec-prepare"]) == named, "what a Secret says is left alone"
+    assert variables(containers["exec-rollout"]) == {"AWS_CA_BUNDLE": path, **named}
+    (volume,) = pods["exec-rollout"]["configMapAsVolume"]
+    assert (volume["configMapName"], volume["mountPath"]) == ("company-ca", "/etc/camopd-ca")
+    assert not volume.get("optional")

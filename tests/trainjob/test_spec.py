@@ -42,6 +42,7 @@ FULL = JobSpec(
     },
     env={"NCCL_DEBUG": "WARN", "AWS_ENDPOINT_URL_S3": "https://s3.example"},
     secrets={"AWS_SECRET_ACCESS_KEY": "camopd-s3/secret-key", "AWS_ACCESS_KEY_ID": "camopd-s3/access-key"},
+    ca_bundle="company-ca/ca.crt",
     timeout_minutes=90,
 )
 
@@ -89,12 +90,19 @@ def test_what_each_pod_asks_for():
 
 
 def test_secrets_are_references_and_never_values():
-    assert render(FULL, ROUND)["spec"]["trainer"]["env"] == [
+    job = render(FULL, ROUND)["spec"]["trainer"]
+    assert [entry for entry in job["env"] if entry.get("value") != "/etc/camopd-ca/ca.crt"] == [
         {"name": "AWS_ENDPOINT_URL_S3", "value": "https://s3.example"},
         {"name": "NCCL_DEBUG", "value": "WARN"},
         {"name": "AWS_ACCESS_KEY_ID", "valueFrom": {"secretKeyRef": {"name": "camopd-s3", "key": "access-key"}}},
         {"name": "AWS_SECRET_ACCESS_KEY", "valueFrom": {"secretKeyRef": {"name": "camopd-s3", "key": "secret-key"}}},
     ]
+
+
+def test_a_bundle_of_certificates_is_named_to_all_that_open_connections():
+    env = {entry["name"]: entry.get("value") for entry in render(FULL, ROUND)["spec"]["trainer"]["env"]}
+    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
+        assert env[name] == "/etc/camopd-ca/ca.crt"
 
 
 def test_where_the_pods_run():
@@ -111,11 +119,16 @@ def test_where_the_pods_run():
             "volumes": [
                 {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Gi"}},
                 {"name": "scratch", "emptyDir": {"sizeLimit": "1Ti"}},
+                {"name": "ca", "configMap": {"name": "company-ca"}},
             ],
             "containers": [
                 {
                     "name": "node",
-                    "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}, {"name": "scratch", "mountPath": "/tmp"}],
+                    "volumeMounts": [
+                        {"name": "shm", "mountPath": "/dev/shm"},
+                        {"name": "scratch", "mountPath": "/tmp"},
+                        {"name": "ca", "mountPath": "/etc/camopd-ca"},
+                    ],
                 }
             ],
         },
@@ -189,7 +202,7 @@ BROKEN = {
     'unknown field "spec.podTemplateOverrides"': lambda spec: spec.update(podTemplateOverrides=[]),
     'unknown field "spec.trainer.envFrom"': lambda spec: spec["trainer"].update(envFrom=[]),
     "runtimeRef.name: is missing": lambda spec: spec["runtimeRef"].pop("name"),
-    "key: is missing": lambda spec: spec["trainer"]["env"][2]["valueFrom"]["secretKeyRef"].pop("key"),
+    "key: is missing": lambda spec: spec["trainer"]["env"][-1]["valueFrom"]["secretKeyRef"].pop("key"),
     "does not match": lambda spec: spec["trainer"]["resourcesPerNode"]["limits"].update(memory="lots"),
     "manager: has a wrong length": lambda spec: spec["runtimePatches"][0].update(manager=""),
 }
