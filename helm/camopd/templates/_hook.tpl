@@ -24,7 +24,7 @@ metadata:
 {{- define "camopd.hookSpec" -}}
 {{- $root := .root -}}
 {{- $values := $root.Values -}}
-{{- $token := and $values.kfp.multiUser (not .stores) -}}
+{{- $token := include "camopd.projectedToken" . -}}
 spec:
   restartPolicy: Never
   serviceAccountName: {{ .account }}
@@ -86,18 +86,24 @@ spec:
     {{- end }}
 {{- end -}}
 
+{{/* Not empty where the pod shows Kubeflow Pipelines a token of its service account. */}}
+{{- define "camopd.projectedToken" -}}
+{{- if and .root.Values.kfp.multiUser (not .root.Values.kfp.tokenSecret.name) (not .stores) }}yes{{ end -}}
+{{- end -}}
+
 {{- define "camopd.hookEnv" -}}
 {{- $values := .root.Values -}}
 {{- $shared := ternary (include "camopd.shared" .root | fromJson) (dict) .stores -}}
 {{- $secrets := default (dict) $shared.secrets -}}
 {{- $env := default (dict) $shared.env -}}
 {{- if not .stores -}}
-{{- $_ := set $env "KF_PIPELINES_ENDPOINT" (include "camopd.kfpHost" .root) -}}
+{{- $_ := set $env "KFP_HOST" (include "camopd.kfpHost" .root) -}}
 {{- with $values.kfp.uiHost }}{{ $_ := set $env "KF_PIPELINES_UI_ENDPOINT" . }}{{ end -}}
-{{- if $values.kfp.multiUser }}{{ $_ := set $env "KF_PIPELINES_SA_TOKEN_PATH" "/var/run/secrets/kubeflow/pipelines/token" }}{{ end -}}
 {{- with $values.kfp.tokenSecret }}{{ if .name }}{{ $_ := set $secrets "KFP_TOKEN" (printf "%s/%s" .name .key) }}{{ end }}{{ end -}}
+{{- if include "camopd.projectedToken" . }}{{ $_ := set $env "KF_PIPELINES_SA_TOKEN_PATH" "/var/run/secrets/kubeflow/pipelines/token" }}{{ end -}}
 {{- end -}}
 {{- if $values.caBundle.configMap -}}
+{{- if not .stores }}{{ $_ := set $env "KFP_CA_FILE" (printf "/etc/camopd-ca/%s" $values.caBundle.key) }}{{ end -}}
 {{- range $name := list "AWS_CA_BUNDLE" "REQUESTS_CA_BUNDLE" "SSL_CERT_FILE" -}}
 {{- if not (or (hasKey $env $name) (hasKey $secrets $name)) }}{{ $_ := set $env $name (printf "/etc/camopd-ca/%s" $values.caBundle.key) }}{{ end -}}
 {{- end -}}
