@@ -48,7 +48,8 @@ def _comment(above: Sequence[str]) -> str:
 def with_table(readme: str, values: str) -> str:
     """The README with the table of these values between its marks."""
     rows = [
-        f"| `{key}` | `{json.dumps(default)}` | {text.replace('|', chr(92) + '|')} |" for key, default, text in described(values)
+        f"| `{key}` | `{json.dumps(default)}` | {text.replace('|', chr(92) + '|')} |"
+        for key, default, text in described(values)
     ]
     head, _, rest = readme.partition(BEGIN)
     _, _, tail = rest.partition(END)

@@ -53,8 +53,10 @@ spec:
       image: {{ include "camopd.image" (list $root "core") }}
       imagePullPolicy: {{ $values.imagePullPolicy }}
       command: {{ toJson .command }}
+      {{- with include "camopd.hookEnv" . | trim }}
       env:
-        {{- include "camopd.hookEnv" . | nindent 8 }}
+        {{- . | nindent 8 }}
+      {{- end }}
       securityContext:
         allowPrivilegeEscalation: false
         readOnlyRootFilesystem: true
