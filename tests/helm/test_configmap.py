@@ -79,7 +79,6 @@ def test_what_all_pods_share(helm):
 
 def test_what_a_pool_says_of_its_own(helm):
     pools = pools_of(helm, NAMED["full"])
-    ours = {"app.kubernetes.io/name": "camopd", "app.kubernetes.io/instance": "camopd", "app.kubernetes.io/part-of": "camopd"}
     inference = pools.inference
     assert (inference.image, inference.accelerator, inference.count) == (DIGESTS["inference"], "nvidia.com/gpu", 1)
     assert (inference.cpu, inference.memory, inference.shm, inference.scratch) == ("8", "64Gi", "8Gi", "200Gi")
@@ -87,7 +86,7 @@ def test_what_a_pool_says_of_its_own(helm):
     assert [toleration.model_dump(exclude_none=True) for toleration in inference.tolerations] == [
         {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
     ]
-    labels = ours | {"team": "vision", "azure.workload.identity/use": "true"}
+    labels = {"team": "vision", "azure.workload.identity/use": "true", "camopd.io/release": "camopd"}
     assert inference.labels == labels, "what a network policy selects by is there"
     assert (inference.queue, inference.priority_class, inference.timeout_minutes) == ("gpus", "low", 1234567)
     assert pools.colocated is not None

@@ -2,7 +2,7 @@
 
 from tests.helm.conftest import NAMED, one, pods_in
 
-OURS = {"app.kubernetes.io/name": "camopd", "app.kubernetes.io/instance": "camopd", "app.kubernetes.io/part-of": "camopd"}
+OURS = {"camopd.io/release": "camopd"}
 
 
 def test_there_is_none_unless_it_is_wanted(helm):

@@ -34,7 +34,12 @@
 {{- .Values.kfp.host | default (printf "http://ml-pipeline.%s.svc.cluster.local:8888" .Values.kfp.namespace) -}}
 {{- end -}}
 
-{{/* Labels that tell whose a pod is: what a network policy selects by. */}}
+{{/* What a network policy selects by, also pods of runs. One label: Argo's Workflow object holds it once and again for each task. */}}
+{{- define "camopd.policyLabel" -}}
+camopd.io/release: {{ include "camopd.fullname" . }}
+{{- end -}}
+
+{{/* Labels that tell whose a pod is. */}}
 {{- define "camopd.podLabels" -}}
 app.kubernetes.io/name: {{ include "camopd.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}

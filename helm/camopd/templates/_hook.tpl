@@ -11,6 +11,7 @@ metadata:
     {{- toYaml . | nindent 4 }}
     {{- end }}
     {{- include "camopd.podLabels" $root | nindent 4 }}
+    {{- include "camopd.policyLabel" $root | nindent 4 }}
     app.kubernetes.io/component: {{ .component }}
     # A proxy would not end with the container.
     sidecar.istio.io/inject: "false"

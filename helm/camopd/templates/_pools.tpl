@@ -20,7 +20,7 @@
 {{- $shared := dict "env" (merge (dict) .Values.env $env) "secrets" (merge (dict) .Values.secrets $secrets) -}}
 {{- $_ := set $shared "image_pull_secrets" .Values.imagePullSecrets -}}
 {{- $_ := set $shared "image_pull_policy" .Values.imagePullPolicy -}}
-{{- $policy := ternary (include "camopd.podLabels" . | fromYaml) (dict) .Values.networkPolicy.enabled -}}
+{{- $policy := ternary (include "camopd.policyLabel" . | fromYaml) (dict) .Values.networkPolicy.enabled -}}
 {{- $_ := set $shared "labels" (merge (dict) $policy .Values.pools.labels) -}}
 {{- with .Values.caBundle }}{{ if .configMap }}{{ $_ := set $shared "ca_bundle" (printf "%s/%s" .configMap .key) }}{{ end }}{{ end -}}
 {{- include "camopd.compact" $shared -}}
