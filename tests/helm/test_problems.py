@@ -14,6 +14,7 @@ def schedule(**changes: Any) -> dict[str, Any]:
     [
         (schedule(cron="0 2 * * *"), 'schedules[0].cron: "0 2 * * *" has 5 fields'),
         (schedule(cron="0 2 * * *"), 'wants six, seconds first: write "0 0 2 * * *"'),
+        (schedule(cron="@daily"), "has 1 fields"),
         (schedule(cron="2"), "has 1 fields, and Kubeflow Pipelines wants six, seconds first: such as"),
         (schedule(follow="icd-coder"), 'schedules[0].follow: "icd-coder" is not understood; write models:/NAME@ALIAS'),
         (schedule(follow="models:/a"), "is not understood"),
@@ -39,9 +40,10 @@ def test_a_common_mistake_is_told_with_its_remedy(each_helm, values, sentence):
 
 def test_all_mistakes_are_told_at_once(helm):
     told = helm.refused(schedule(cron="* * * * *") | {"output": "x", "requireDigest": True})
-    assert "5 problem(s) in the values of camopd" in told
+    assert "4 problem(s) in the values of camopd" in told
     assert "schedules[0].cron" in told
     assert "images.trainer.digest" in told
+    assert "images.inference" not in told, "no pool uses it"
 
 
 @pytest.mark.parametrize(

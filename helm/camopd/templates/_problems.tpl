@@ -12,7 +12,7 @@
 {{- range $i, $schedule := .Values.schedules -}}
 {{- $where := printf "schedules[%d]" $i -}}
 {{- $fields := regexSplit "\\s+" (trim .cron) -1 -}}
-{{- if and (ne (len $fields) 6) (not (hasPrefix "@" .cron)) -}}
+{{- if ne (len $fields) 6 -}}
 {{- $hint := ternary (printf "write \"0 %s\"" (trim .cron)) "such as \"0 0 2 * * *\" for two in the night" (eq (len $fields) 5) -}}
 {{- $found = append $found (printf "%s.cron: %q has %d fields, and Kubeflow Pipelines wants six, seconds first: %s" $where .cron (len $fields) $hint) -}}
 {{- end -}}
@@ -75,8 +75,12 @@
 {{- $found = append $found (printf "output: %q is not an object store's prefix; pods share no disk, so write s3://bucket/prefix" .Values.output) -}}
 {{- end -}}
 {{- if .Values.requireDigest -}}
-{{- range $name, $image := .Values.images -}}
-{{- if not $image.digest -}}
+{{- $used := list "core" -}}
+{{- range $name, $pool := omit .Values.pools "labels" -}}
+{{- if or (ne $name "colocated") $pool.enabled }}{{ $used = append $used $pool.image }}{{ end -}}
+{{- end -}}
+{{- range $name := sortAlpha (uniq $used) -}}
+{{- if not (get $.Values.images $name).digest -}}
 {{- $found = append $found (printf "images.%s.digest: requireDigest is set; give sha256:... of the image (skopeo inspect tells it)" $name) -}}
 {{- end -}}
 {{- end -}}
