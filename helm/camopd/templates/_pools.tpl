@@ -31,18 +31,15 @@
 {{- $root := index . 0 -}}
 {{- $values := index . 1 -}}
 {{- $pool := dict "image" (include "camopd.image" (list $root $values.image)) -}}
-{{- range $ours, $theirs := dict "cpu" "cpu" "memory" "memory" "shm" "shm" "scratch" "scratch" "selectors" "nodeSelector" "tolerations" "tolerations" "node_affinity" "nodeAffinity" "labels" "labels" "queue" "queue" "priority_class" "priorityClass" "env" "env" "secrets" "secrets" "runtime" "runtime" "resources" "resources" "service_account" "serviceAccount" -}}
+{{- range $ours, $theirs := dict "cpu" "cpu" "memory" "memory" "shm" "shm" "scratch" "scratch" "selectors" "nodeSelector" "tolerations" "tolerations" "node_affinity" "nodeAffinity" "labels" "labels" "queue" "queue" "priority_class" "priorityClass" "env" "env" "secrets" "secrets" "retries" "retries" "timeout_minutes" "timeoutMinutes" "runtime" "runtime" "resources" "resources" "service_account" "serviceAccount" -}}
 {{- $_ := set $pool $ours (get $values $theirs) -}}
-{{- end -}}
-{{- range $ours, $theirs := dict "retries" "retries" "timeout_minutes" "timeoutMinutes" -}}
-{{- $_ := set $pool $ours (int64 (get $values $theirs)) -}}
 {{- end -}}
 {{- with $values.accelerator -}}
 {{- $_ := set $pool "accelerator" .name -}}
-{{- $_ := set $pool "count" (int64 .count) -}}
+{{- $_ := set $pool "count" .count -}}
 {{- end -}}
 {{- if gt (int64 (default 1 $values.nodes)) 1 -}}
-{{- $_ := set $pool "nodes" (int64 $values.nodes) -}}
+{{- $_ := set $pool "nodes" $values.nodes -}}
 {{- $_ := set $pool "runtime_kind" $values.runtimeKind -}}
 {{- end -}}
 {{- include "camopd.compact" $pool -}}

@@ -9,7 +9,7 @@
 {{- $schedules := list -}}
 {{- range .Values.schedules -}}
 {{- $entry := dict "name" .name "cron" .cron "follow" .follow "recipe" .recipe "parameters" (default (dict) .parameters) -}}
-{{- $_ := set $entry "max_attempts" (ternary (int64 (default 3 .maxAttempts)) 3 (hasKey . "maxAttempts")) -}}
+{{- $_ := set $entry "max_attempts" (default 3 .maxAttempts) -}}
 {{- $_ := set $entry "again_for_new_teachers" (default false .againForNewTeachers) -}}
 {{- $_ := set $entry "enabled" (ternary .enabled true (hasKey . "enabled")) -}}
 {{- $schedules = append $schedules $entry -}}
