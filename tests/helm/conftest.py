@@ -41,9 +41,11 @@ class Helm:
         command = [str(self.program), *map(str, arguments), "--values", str(file)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
-    def text(self, values: Mapping[str, Any] | None = None, *, release: str = "camopd", chart: Path = CHART) -> str:
+    def text(
+        self, values: Mapping[str, Any] | None = None, *, release: str = "camopd", namespace: str = "ml", chart: Path = CHART
+    ) -> str:
         """The rendered manifests, those of hooks and tests included."""
-        done = self.run("template", release, chart, "--namespace", "ml", values=values)
+        done = self.run("template", release, chart, "--namespace", namespace, values=values)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -100,3 +102,15 @@ def env_of(pod: Object) -> list[Object]:
     """The variables of the pod's one container."""
     (container,) = pod["spec"]["containers"]
     return container.get("env", [])
+
+
+def rights(role: Object) -> set[tuple[str, str, str, str]]:
+    """Group, resource, name or nothing, and verb of everything that a role allows."""
+    return {
+        (group, resource, name, verb)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for name in rule.get("resourceNames", [""])
+        for verb in rule["verbs"]
+    }

@@ -133,7 +133,8 @@ def test_where_an_image_comes_from(helm, values, image):
 
 def test_the_file_says_whose_it_is_and_what_it_wants(helm):
     file = sync_file(helm, NAMED["full"], release="nightly")
-    assert {key: file[key] for key in ("owner", "pipeline", "experiment", "namespace", "service_account")} == {
+    assert {key: file[key] for key in ("owner", "pipeline", "experiment", "namespace", "service_account", "time_zone")} == {
+        "time_zone": "UTC",
         "owner": "ml/nightly-camopd",
         "pipeline": "camopd-recovery",
         "experiment": "camopd",

@@ -1,30 +1,16 @@
 """The rights that the chart gives, beside those that are asked for."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 from camopd.trainjob import follow
-from tests.helm.conftest import NAMED, Object, one
+from tests.helm.conftest import NAMED, one, rights
 from tests.trainjob.conftest import api, round_uri, train  # noqa: F401 (fixtures)
 from tests.trainjob.jobs import finishing
 
 GROUPS = {"trainjobs": "trainer.kubeflow.org", "pods": "", "pods/log": "", "events": ""}
 NODES = {"pools": {"training": {"nodes": 2, "runtime": "torch-distributed"}}}
-Right = tuple[str, str, str, str]  # group, resource, name or nothing, verb
-
-
-def rights(role: Object) -> set[Right]:
-    return set(_rights(role["rules"]))
-
-
-def _rights(rules: Iterable[Object]) -> Iterable[Right]:
-    for rule in rules:
-        for group in rule["apiGroups"]:
-            for resource in rule["resources"]:
-                for name in rule.get("resourceNames", [""]):
-                    yield from ((group, resource, name, verb) for verb in rule["verbs"])
 
 
 def test_a_run_may_do_what_driver_launcher_and_argo_ask_for_and_no_more(helm):
@@ -51,10 +37,10 @@ def test_several_nodes_add_exactly_what_the_train_step_asks_for(helm, api, train
 def test_the_hooks_have_rights_on_pipelines_where_there_are_users_and_none_elsewhere(helm):
     group = "pipelines.kubeflow.org"
     wanted = {
-        "pipelines": ("create", "get", "list"),
-        "experiments": ("create", "get", "list"),
-        "jobs": ("create", "get", "list", "enable", "disable", "delete"),
-        "runs": ("get", "list"),
+        "pipelines": ("create", "list"),
+        "experiments": ("create", "list"),
+        "jobs": ("create", "list", "enable", "disable", "delete"),
+        "runs": ("list",),
     }
     role = one(helm.render({"kfp": {"multiUser": True}}), "Role", "camopd-sync")
     assert rights(role) == {(group, resource, "", verb) for resource, verbs in wanted.items() for verb in verbs}

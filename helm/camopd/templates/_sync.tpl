@@ -4,6 +4,7 @@
 {{- $file := dict "owner" (include "camopd.owner" .) "pipeline" .Values.pipeline.name "experiment" .Values.pipeline.experiment -}}
 {{- $_ := set $file "version" (printf "%s-%s" .Chart.Version (sha256sum $pools | trunc 12)) -}}
 {{- $_ := set $file "namespace" (ternary .Release.Namespace "" .Values.kfp.multiUser) -}}
+{{- $_ := set $file "time_zone" .Values.kfp.timeZone -}}
 {{- $_ := set $file "service_account" (include "camopd.serviceAccount" .) -}}
 {{- $_ := set $file "pools" (fromJson $pools) -}}
 {{- $schedules := list -}}
