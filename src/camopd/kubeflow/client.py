@@ -234,7 +234,7 @@ def _raise(error: kfp_server_api.ApiException, url: str) -> NoReturn:
         if re.search(r"dex|login|oauth|auth|signin", target):
             raise ApiError(_login(url), 401) from None
         raise ApiError(
-            f"{place} sends elsewhere, to {_address(target) or target!r}: give that address as the host", 404
+            f"{place} sends elsewhere, to {_address(target) or 'nowhere'}: give that address as the host", 404
         ) from None
     message = _message(body)
     if status == 401:

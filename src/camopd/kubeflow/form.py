@@ -65,7 +65,10 @@ def wish(source: str, values: Mapping[str, str], spec: Spec, *, store: Store) ->
     if missing:
         raise InputError(missing)
     form, dotted, problems = _spread(values, inputs)
-    own = {key: value for key, value in values.items() if key in FORM_FIELDS or key in ROLE_FIELDS or key in dotted}
+    named = {problem.where for problem in problems} | {
+        key for key in inputs if key not in FORM_FIELDS and key not in ROLE_FIELDS
+    }
+    own = {key: value for key, value in values.items() if key not in named}  # what the pipeline alone knows is not the recipe's
     own |= {} if OUTPUT in own or "output" in own else _clusters_output(spec)
     try:
         recipe = load_recipe(source, own, store=store)

@@ -45,12 +45,13 @@ class Version:
 
 def newest(connection: Connection, pipeline: str) -> Version | None:
     """The newest version of a pipeline on the server, the namespace's own before the shared one; None where there is none."""
-    pipeline_id = _pipeline_id(connection, pipeline)
-    if not pipeline_id:
-        return None
-    listed = connection.pipelines.pipeline_service_list_pipeline_versions(pipeline_id, page_size=1, sort_by="created_at desc")
-    for found in listed.pipeline_versions or ():
-        return Version(pipeline, found.name or found.display_name, found.pipeline_spec, pipeline_id, found.pipeline_version_id)
+    for pipeline_id in _pipeline_ids(connection, pipeline).values():
+        order = {"page_size": 1, "sort_by": "created_at desc"}
+        listed = connection.pipelines.pipeline_service_list_pipeline_versions(pipeline_id, **order)
+        for found in listed.pipeline_versions or ():
+            return Version(
+                pipeline, found.name or found.display_name, found.pipeline_spec, pipeline_id, found.pipeline_version_id
+            )
     return None
 
 
@@ -96,31 +97,34 @@ def _new_pipeline(connection: Connection, name: str) -> str:
     try:
         made = connection.pipelines.pipeline_service_create_pipeline({"name": name, "display_name": name, **connection.owned})
     except ApiError as error:
-        if error.status == 409 and (known := _pipeline_id(connection, name)):
-            return known
+        known = _pipeline_ids(connection, name).get(connection.namespace) if error.status == 409 else None
+        if known:
+            return known  # somebody else has just made it
         raise
     return str(made.pipeline_id)
 
 
 def _found(connection: Connection, version: Version) -> Version:
-    pipeline_id = _pipeline_id(connection, version.pipeline)
-    if not pipeline_id:
-        return version
+    """With the ids of what is there: the version wherever it may be used, else the pipeline that is one's own to add to."""
     wanted = json.dumps({"predicates": [{"operation": EQUALS, "key": "name", "stringValue": version.name}]})
-    listed = connection.pipelines.pipeline_service_list_pipeline_versions(pipeline_id, filter=wanted)
-    found = next((each.pipeline_version_id for each in listed.pipeline_versions or ()), "")
-    return replace(version, pipeline_id=pipeline_id, version_id=found)
+    for pipeline_id in _pipeline_ids(connection, version.pipeline).values():
+        listed = connection.pipelines.pipeline_service_list_pipeline_versions(pipeline_id, filter=wanted)
+        for found in listed.pipeline_versions or ():
+            return replace(version, pipeline_id=pipeline_id, version_id=found.pipeline_version_id)
+    return replace(version, pipeline_id=_pipeline_ids(connection, version.pipeline).get(connection.namespace, ""))
 
 
-def _pipeline_id(connection: Connection, name: str) -> str:
-    """Empty where the server has no such pipeline."""
-    for owned in [connection.owned, {}] if connection.namespace else [{}]:
+def _pipeline_ids(connection: Connection, name: str) -> dict[str, str]:
+    """Id of the pipeline by namespace, one's own first; the empty one is everybody's, and the only one without users."""
+    found = {}
+    for namespace in dict.fromkeys((connection.namespace, "")):
+        owned = {"namespace": namespace} if namespace else {}
         try:
-            return str(connection.pipelines.pipeline_service_get_pipeline_by_name(name, **owned).pipeline_id)
+            found[namespace] = str(connection.pipelines.pipeline_service_get_pipeline_by_name(name, **owned).pipeline_id)
         except ApiError as error:
             if error.status != 404:
                 raise
-    return ""
+    return found
 
 
 # --- Compiling ------------------------------------------------------------------------------------------------------------
