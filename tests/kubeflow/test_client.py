@@ -56,6 +56,11 @@ def test_the_host_comes_from_the_environment(kfp: KfpApi, monkeypatch: pytest.Mo
     assert "does not answer" in str(refusal(""))
 
 
+def test_a_proxy_on_the_way(kfp: KfpApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KFP_PROXY", kfp.host)
+    assert connect("http://kubeflow.invalid").version == "2.17.0"
+
+
 def test_nothing_names_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ClusterError, match="give --host or KFP_HOST"):
         connect()

@@ -229,6 +229,17 @@ def test_many_users(kfp_teams: KfpApi, camopd: Camopd, tmp_path: Path, monkeypat
     code, said = camopd(*asked(kfp_teams, recipe, "--namespace", "team-a", "--pipeline", str(changed)))
     assert code == 0, said
     assert [pipeline.get("namespace", "") for pipeline in kfp_teams.pipelines.values()] == ["", "team-a"]
+    # and what others have is not ours, though it be newer
+    monkeypatch.setenv("KFP_TOKEN", "token-b")
+    assert camopd(*asked(kfp_teams, recipe, "--namespace", "team-b"))[0] == 0
+    assert list(kfp_teams.runs.values())[-1]["pipeline_version_reference"]["pipeline_version_id"] == shared
+
+
+def test_a_name_that_a_filter_could_spoil(kfp: KfpApi, camopd: Camopd, tmp_path: Path) -> None:
+    upload(kfp)
+    for _ in range(2):
+        assert camopd(*asked(kfp, recipe_file(tmp_path), "--experiment", 'ICD+10 100% "ä"'))[0] == 0
+    assert sorted(each["display_name"] for each in kfp.experiments.values()) == ["Default", 'ICD+10 100% "ä"']
 
 
 def test_the_token_stays_out_of_sight(
@@ -260,6 +271,8 @@ def test_all_of_prepares_checks_are_made_from_here(
     assert code == 0, said
     assert form_of(kfp)["input_recipe"] == text
     assert [file.name for file in Store().list(f"{s3_prefix}/runs")] == []  # but for the probe, whose name is hidden
+    code, said = camopd("submit", "micro", "-s", f"output_uri={s3_prefix}/runs", "--no-watch", "--host", kfp.host)
+    assert code == 0, said
 
 
 @pytest.mark.slow

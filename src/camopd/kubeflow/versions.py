@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
 import yaml
 
@@ -19,7 +20,7 @@ from camopd.kubeflow.client import ApiError, Connection
 from camopd.kubeflow.spec import Spec, name_of
 
 PIPELINE = "camopd-recovery"
-EQUALS = 1  # the operation of a filter's predicate
+EQUALS = 1  # the number of a predicate's operation
 
 
 @dataclass(frozen=True)
@@ -106,25 +107,37 @@ def _new_pipeline(connection: Connection, name: str) -> str:
 
 def _found(connection: Connection, version: Version) -> Version:
     """With the ids of what is there: the version wherever it may be used, else the pipeline that is one's own to add to."""
-    wanted = json.dumps({"predicates": [{"operation": EQUALS, "key": "name", "stringValue": version.name}]})
-    for pipeline_id in _pipeline_ids(connection, version.pipeline).values():
-        listed = connection.pipelines.pipeline_service_list_pipeline_versions(pipeline_id, filter=wanted)
+    places = _pipeline_ids(connection, version.pipeline)
+    for pipeline_id in places.values():
+        listed = connection.pipelines.pipeline_service_list_pipeline_versions(pipeline_id, filter=equals("name", version.name))
         for found in listed.pipeline_versions or ():
             return replace(version, pipeline_id=pipeline_id, version_id=found.pipeline_version_id)
-    return replace(version, pipeline_id=_pipeline_ids(connection, version.pipeline).get(connection.namespace, ""))
+    return replace(version, pipeline_id=places.get(connection.namespace, ""))
 
 
 def _pipeline_ids(connection: Connection, name: str) -> dict[str, str]:
-    """Id of the pipeline by namespace, one's own first; the empty one is everybody's, and the only one without users."""
+    """Id of the pipeline by namespace, one's own first; the empty one is everybody's, and the only one without users.
+
+    Not by the API's own question for a name, which without a namespace answers with anybody's newest pipeline of that name.
+    """
     found = {}
     for namespace in dict.fromkeys((connection.namespace, "")):
         owned = {"namespace": namespace} if namespace else {}
         try:
-            found[namespace] = str(connection.pipelines.pipeline_service_get_pipeline_by_name(name, **owned).pipeline_id)
+            listed = connection.pipelines.pipeline_service_list_pipelines(filter=equals("name", name), **owned)
         except ApiError as error:
-            if error.status != 404:
-                raise
+            if error.status == 400 and not namespace and connection.multi_user:
+                continue  # a server that wants a namespace for every pipeline
+            raise
+        for each in listed.pipelines or ():
+            if not connection.multi_user or (each.namespace or "") == namespace:
+                found[namespace] = str(each.pipeline_id)
     return found
+
+
+def equals(key: str, value: str) -> str:
+    """A list's filter; percent signs and pluses of a value are decoded once more by the server."""
+    return quote(json.dumps({"predicates": [{"operation": EQUALS, "key": key, "stringValue": value}]}))
 
 
 # --- Compiling ------------------------------------------------------------------------------------------------------------
