@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from camopd.errors import ClusterError
+from camopd.kubeflow import client
 from camopd.kubeflow.client import ApiError, connect
 from tests.fixtures.kfp_api import KfpApi, served
 from tests.fixtures.kfp_rules import Refused
@@ -141,6 +143,12 @@ def test_no_answer(kfp: KfpApi) -> None:
     assert error.passing
     assert "does not answer: check --host" in str(error)
     kfp.server.start()
+
+
+def test_a_server_that_hangs(kfp: KfpApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "TIMEOUT", 0.1)
+    kfp.before = lambda method, path: time.sleep(0.5)
+    assert "does not answer in time" in str(refusal(kfp.host))
 
 
 def test_a_fault_of_the_server_may_pass(kfp: KfpApi) -> None:

@@ -227,7 +227,7 @@ class _Rest(kfp_server_api.rest.RESTClientObject):  # type: ignore[misc]
     """Requests with a timeout, whose failures are ApiErrors. HTML in place of JSON is one of them."""
 
     def request(self, method: str, url: str, **options: Any) -> Any:
-        options["_request_timeout"] = options.get("_request_timeout") or TIMEOUT
+        options["_request_timeout"] = options.get("_request_timeout") or (TIMEOUT, TIMEOUT)  # a float alone is not heeded
         try:
             response = super().request(method, url, **options)
         except kfp_server_api.ApiException as error:
