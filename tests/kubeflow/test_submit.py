@@ -161,6 +161,7 @@ def test_what_the_recipe_says_wrong_keeps_its_line(kfp: KfpApi, camopd: Camopd, 
         ("output_promote=perhaps", "output_promote: true or false is expected, not 'perhaps'"),
         ("input_recipe=micro", "input_recipe: is the recipe itself"),
         ("method_sed=2", "did you mean 'method_seed'?"),
+        ("notes=see {{x}}", "notes: holds {{, which Argo"),
     ],
 )
 def test_a_value_that_does_not_fit_the_form(kfp: KfpApi, camopd: Camopd, tmp_path: Path, value: str, part: str) -> None:
@@ -285,6 +286,8 @@ def test_all_of_prepares_checks_are_made_from_here(
     said = refused(camopd, kfp, *arguments, *wrong)
     assert f"student: {s3_prefix}/micro/nothing" in said
     assert "evaluate.task_dir: /tmp/tasks is on this machine" in said
+    said = refused(camopd, kfp, *arguments, "-s", "branches.general.teacher=http://127.0.0.1:9/v1")
+    assert re.search(r"branches\.general\.teacher: .*127\.0\.0\.1:9.*where only pods reach it: --preflight recipe", said)
     code, said = camopd(*arguments)
     assert code == 0, said
     assert form_of(kfp)["input_recipe"] == text
