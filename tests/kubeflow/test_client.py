@@ -121,6 +121,8 @@ def test_a_login_page_is_no_empty_list(kfp: KfpApi) -> None:
         connection.pipelines.pipeline_service_list_pipelines()
     assert error.value.status == 401
     assert "login page" in str(refusal(kfp.host))
+    error = refusal(answering(kfp, Page(status=403)))  # oauth2-proxy's
+    assert (error.status, "login page" in str(error)) == (401, True)
 
 
 def test_a_redirect_is_followed_by_nobody(kfp: KfpApi) -> None:

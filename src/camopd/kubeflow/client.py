@@ -51,11 +51,6 @@ class ApiError(ClusterError):
         self.status = status
 
     @property
-    def denied(self) -> bool:
-        """Whether it is a matter of who asks, which a new token mends."""
-        return self.status in (401, 403)
-
-    @property
     def passing(self) -> bool:
         """Whether the same question may be answered later."""
         return self.status in (0, 401, 429) or self.status >= 500
@@ -251,6 +246,8 @@ def _raise(error: kfp_server_api.ApiException, url: str) -> NoReturn:
         raise ApiError(
             f"{place} sends elsewhere, to {_address(target) or 'nowhere'}: give that address as the host", 404
         ) from None
+    if status in (401, 403) and "html" in headers.get("content-type", ""):  # a proxy's, not the API's
+        raise ApiError(_login(url), 401) from None
     message = _message(body)
     if status == 401:
         raise ApiError(f"{place} does not know who asks (401): {WHO}", 401) from None
