@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from kubernetes.config import kube_config
 
 from camopd.errors import ClusterError
 from camopd.kubeflow import client
@@ -61,6 +63,29 @@ def test_the_host_comes_from_the_environment(kfp: KfpApi, monkeypatch: pytest.Mo
 def test_a_proxy_on_the_way(kfp: KfpApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KFP_PROXY", kfp.host)
     assert connect("http://kubeflow.invalid").version == "2.17.0"
+
+
+def test_the_way_of_a_kubeconfig(kfp_teams: KfpApi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Through the proxy of Kubernetes' API server, with its token."""
+    kfp_teams.prefix = "/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy"
+    config = {
+        "current-context": "here",
+        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
+        "clusters": [{"name": "here", "cluster": {"server": kfp_teams.host}}],
+        "users": [{"name": "me", "user": {"token": "token-a"}}],
+    }
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))  # read at import
+    connection = connect(namespace="team-a")
+    assert connection.runs.run_service_list_runs(**connection.owned).runs is None
+    assert connection.run_link("abc") == ""  # where the UI is, only the cluster knows
+
+
+def test_the_usual_path_of_kubeflow(kfp: KfpApi) -> None:
+    kfp.prefix = "/pipeline"
+    assert connect(f"{kfp.host}/pipeline/#/runs").run_link("abc") == f"{kfp.host}/pipeline/#/runs/details/abc"
+    assert "ends with /pipeline" in str(refusal(kfp.host))
 
 
 def test_nothing_names_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,7 +169,21 @@ def _client(host: str, token_file: str) -> kfp.Client:
     if not host and client._existing_config.host == kfp_server_api.Configuration().host:  # its default: nothing was found
         raise ClusterError("nothing says where Kubeflow Pipelines is: give --host or KFP_HOST, such as http://localhost:8888")
     client._existing_config.retries = False  # waiting is the caller's; a redirect is an answer, see _Rest
+    _keep_host(client._existing_config)
     return client
+
+
+def _keep_host(config: Any) -> None:
+    """By kubeconfig kfp's host ends with a slash, and each look at the token sets it to the cluster's own, without the path."""
+    host, refresh = config.host.rstrip("/"), config.refresh_api_key_hook
+
+    def refreshed(current: Any) -> None:
+        refresh(current)
+        current.host, current.refresh_api_key_hook = host, refreshed
+
+    config.host = host
+    if refresh is not None:
+        config.refresh_api_key_hook = refreshed
 
 
 @contextlib.contextmanager
