@@ -306,6 +306,12 @@ def test_records_out_of_reach(kfp: KfpApi, camopd: Camopd, monkeypatch: pytest.M
     assert code == 0
     assert said.count("The run's records cannot be read from here") == 1
     assert "The run has succeeded." in said
+    kfp.tell(run_id, "FAILED", step("prepare", "FAILED", kfp.now(), kfp.now()))
+    code, said = watched(camopd, kfp, run_id)
+    assert code == 1
+    assert "First step that failed: Prepare" in said
+    assert "Its records cannot be read from here (s3://models/runs/jobs/" in said
+    assert "## The recovery" not in said
 
 
 def test_ctrl_c_leaves_the_run_alone(kfp: KfpApi, run_id: str) -> None:

@@ -71,7 +71,12 @@ class Records:
     def page(self, *, succeeded: bool) -> str:
         """What became of the run, in Markdown; empty where that cannot be told."""
         job = (self.recipe, self.output, self.job)
-        return self._look(lambda: outcome.describe_job(*job, succeeded=succeeded, store=self.store)) or ""
+
+        def told() -> str:
+            self.store.stat(outcome.job_uri(*job))  # or the page would take a store that does not answer for the run's failure
+            return outcome.describe_job(*job, succeeded=succeeded, store=self.store)
+
+        return self._look(told) or ""
 
     def show_result(self, console: Console) -> bool:
         """Print the result of a run whose every stage is done; False where there is none, or it cannot be read."""
