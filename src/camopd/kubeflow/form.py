@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from camopd.config import OUTPUT as OUTPUT_VARIABLE
 from camopd.config import Recipe, load_recipe, recipe_text
 from camopd.errors import InputError, Problem
 from camopd.kubeflow.spec import Spec, inputs_of, variable_of
@@ -21,7 +22,6 @@ from camopd.recipe.parameters import FORM_FIELDS, ROLE_FIELDS
 from camopd.store import Store, is_s3
 
 RECIPE, OUTPUT = "input_recipe", "output_uri"
-OUTPUT_VARIABLE = "CAMOPD_OUTPUT"  # of pods: where a cluster's runs go
 IN_IMAGE = "/app"  # every image holds recipes/ and examples/micro there
 SWITCHES = {"output_promote"}  # fields whose values are not those of the key that they stand for
 _WORDS = {"true": True, "1": True, "false": False, "0": False}

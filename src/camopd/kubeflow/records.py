@@ -12,8 +12,9 @@ from rich.console import Console
 from camopd import outcome
 from camopd import plan as layout
 from camopd.config import AS_IN_RECIPE, load_recipe
+from camopd.config import OUTPUT as OUTPUT_VARIABLE
 from camopd.errors import CamopdError, InputError, MissingError
-from camopd.kubeflow.form import OUTPUT, OUTPUT_VARIABLE, RECIPE
+from camopd.kubeflow.form import OUTPUT, RECIPE
 from camopd.kubeflow.spec import Spec, inputs_of, variable_of
 from camopd.plan import Plan
 from camopd.recipe.parameters import FORM_FIELDS, ROLE_FIELDS
