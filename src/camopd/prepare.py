@@ -6,6 +6,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,7 @@ def run(recipe: Recipe, *, store: Store) -> Plan:
         InputError: every problem found; none of them needs a model to be loaded. Served teachers are asked.
         StoreError: the store fails while the run is written.
     """
-    served, faults = examine(recipe, store)
-    content_ids, problems = resolve(recipe, store, {location: model.content_id for location, model in served.items()})
-    problems += faults
-    problems += check_output(recipe.output, store)
-    problems += check_evaluation(recipe, content_ids, store)
+    served, content_ids, problems = _looked_at(recipe, store)
 
     def write(folder: Path) -> dict[str, Any]:
         return _write_plan(folder, recipe, content_ids, problems, store, served)
@@ -54,6 +51,38 @@ def run(recipe: Recipe, *, store: Store) -> Plan:
     check_served(plan, served)
     store.write(join(run_uri, "settings.md"), settings_markdown(plan).encode())
     return plan
+
+
+def check(recipe: Recipe, *, store: Store, writes: bool = True) -> str:
+    """Every check of ``run``, from a machine that does not make the run. Returns the run's prefix.
+
+    Args:
+        recipe: what is wanted.
+        store: where the inputs lie.
+        writes: whether it is tried if the output can be written.
+
+    Raises:
+        InputError: every problem found.
+    """
+    served, content_ids, problems = _looked_at(recipe, store, writes=writes)
+    with tempfile.TemporaryDirectory(prefix="camopd-") as scratch:
+        _write_plan(Path(scratch), recipe, content_ids, problems, store, served)
+    run_uri = join(recipe.output, run_id(recipe, content_ids))
+    if store.manifest(plan_uri(run_uri)) is not None:
+        check_served(replace(Plan.load(store, run_uri), recipe=recipe), served)
+    return run_uri
+
+
+def _looked_at(
+    recipe: Recipe, store: Store, *, writes: bool = True
+) -> tuple[dict[str, ServedModel], dict[str, str], list[Problem]]:
+    """Served teachers by location, content ids by input, and what is wrong so far."""
+    served, faults = examine(recipe, store)
+    content_ids, problems = resolve(recipe, store, {location: model.content_id for location, model in served.items()})
+    problems += faults
+    problems += check_output(recipe.output, store) if writes else []
+    problems += check_evaluation(recipe, content_ids, store)
+    return served, content_ids, problems
 
 
 def resolve(recipe: Recipe, store: Store, served: Mapping[str, str] | None = None) -> tuple[dict[str, str], list[Problem]]:
