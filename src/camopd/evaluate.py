@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from camopd import plan as layout
 from camopd.errors import InputError, Problem, UnhealthyRunError
 from camopd.gate import decide
+from camopd.ledger import Line, Part, ledger, parts_of
 from camopd.plan import Plan
 from camopd.progress import Progress
 from camopd.recipe.served import is_served
 from camopd.records import write_table
 from camopd.rounds import stop_reason
-from camopd.runtime import set_threads
+from camopd.runtime import accelerators, set_threads
 from camopd.store import Manifest, Store, digest, join
 
 if TYPE_CHECKING:
@@ -319,6 +320,13 @@ def answer_all(plan: Plan, models: list[Contestant], store: Store) -> tuple[Answ
         return answers, harness.settings()
 
 
+def _books(plan: Plan, store: Store, seconds: float) -> list[Line]:
+    """What the run has taken until now, and this evaluation so far, which has no manifest yet; nothing where some is gone."""
+    so_far = Manifest("evaluate", "", (), seconds=seconds, resources=accelerators("evaluate"))
+    parts = parts_of(plan, store)
+    return ledger([*parts, Part("evaluate", so_far)]) if parts is not None else []
+
+
 def run(run_uri: str, *, store: Store | None = None) -> Manifest:
     """Evaluate a trained run: ``evaluation.json``, ``samples.parquet`` and ``report.html`` under ``evaluation/<id>/``.
 
@@ -354,8 +362,7 @@ def run(run_uri: str, *, store: Store | None = None) -> Manifest:
         record = json.dumps(evaluation, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
         (folder / EVALUATION).write_text(record + "\n", encoding="utf-8")
         rounds = report.read_rounds(plan, store)
-        seconds = {"prepare": store.require(layout.plan_uri(run_uri)).seconds, "evaluate": time.monotonic() - begun}
-        page = report.render(evaluation, plan, rounds, rows, seconds=seconds)
+        page = report.render(evaluation, plan, rounds, rows, books=_books(plan, store, time.monotonic() - begun))
         (folder / REPORT).write_text(page, encoding="utf-8")
         return evaluation["headline"]
 

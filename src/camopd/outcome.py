@@ -19,6 +19,7 @@ from camopd.attempts import TERMINATED, attempt, cut_offs, heeding_sigterm, reme
 from camopd.config import load_recipe
 from camopd.errors import CamopdError, UnhealthyRunError
 from camopd.evaluate import EVALUATION, REPORT, evaluation_uri, headline_table
+from camopd.ledger import Part, in_words, ledger, parts_of
 from camopd.plan import Plan
 from camopd.promote import release_uri
 from camopd.rounds import record_stop, stop_reason
@@ -113,8 +114,8 @@ def registered(release: Mapping[str, Any] | None) -> str:
     return f"{release['model_name']} version {release['version']}, alias {release['alias']} ({release['status']})"
 
 
-def print_result(result: Result, plan: Plan, console: Console) -> None:
-    """The table of scores and shares, the gate's decision, and where everything lies."""
+def print_result(result: Result, plan: Plan, console: Console, store: Store) -> None:
+    """The table of scores and shares, the gate's decision, where everything lies, and what it took."""
     from rich.table import Table
 
     header, *rows = headline_table(result.evaluation)
@@ -129,6 +130,9 @@ def print_result(result: Result, plan: Plan, console: Console) -> None:
     console.print(f"Run:      {plan.run_uri}")
     console.print(f"Report:   {result.report}")
     console.print(f"Registry: {registered(result.release)}")
+    if parts := parts_of(plan, store):
+        evaluated = Part("evaluate", store.require(parent(result.report)))
+        console.print(f"Took:     {in_words(ledger([*parts, evaluated])[-1])}")
 
 
 def error_uri(run_uri: str) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 from camopd import __version__
 from camopd.errors import MissingError, StoreError
+from camopd.runtime import accelerators, together
 from camopd.store.local import LocalBackend, content_of, local_path, scratch
 from camopd.store.manifest import MANIFEST, FileInfo, Manifest, canonical, content_id_of, digest, sha256_file
 from camopd.store.prefetch import Prefetcher
@@ -305,7 +306,8 @@ class Store:
             own = [FileInfo(name, path.stat().st_size, sha256_file(path)) for name, path in content]  # while they go up
             with self._waiting():
                 sent = sending.wait()
-            parts = writers.gather({"folder": str(folder), "files": [[file.name, file.size, file.sha256] for file in own]})
+            said = {"folder": str(folder), "files": [[file.name, file.size, file.sha256] for file in own]}
+            parts = writers.gather(said | {"machine": platform.node(), "held": accelerators(stage)})
             manifest, published = None, False
             if writers.rank == 0:
                 files = tuple(sorted((FileInfo(*file) for part in parts for file in part["files"]), key=lambda file: file.name))
@@ -320,6 +322,7 @@ class Store:
                     seconds_waited=round(self.waited() - waited, 3),
                     created_at=datetime.now(UTC).isoformat(timespec="seconds"),
                     software={"camopd": __version__, "python": platform.python_version()},
+                    resources=together((part["machine"], part["held"]) for part in parts),
                 )
                 (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
                 others = [Path(part["folder"]) for part in parts[1:]]

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from camopd import __version__
 from camopd import plan as layout
 from camopd.attempts import cut_offs
+from camopd.ledger import Part, as_numbers, ledger, parts_of
 from camopd.plan import Plan
 from camopd.rounds import stop_reason
 from camopd.shards import waiting_share
@@ -258,6 +259,8 @@ def entries(plan: Plan, store: Store) -> Iterator[Entry]:
         yield Entry("cut-off", digest(silent), lambda: Facts(tags={"camopd.attempts_without_a_word": counted}))
     for uri, done in _evaluations(plan, store):
         yield Entry(f"evaluation-{_name(uri)}", done.content_id, partial(_evaluation, plan, uri, done, store))
+    if books := _books(plan, store):  # when it has ended: a look at every manifest
+        yield Entry("ledger", digest(books), partial(_ledger, plan, books, store))
     for file in store.list(join(plan.run_uri, "release")):
         text = store.read(join(plan.run_uri, "release", file.name)).decode()
         yield Entry(f"release-{parent(file.name)}", digest(text), partial(_release, text))
@@ -313,6 +316,24 @@ def _evaluation(plan: Plan, uri: str, done: Manifest, store: Store) -> Facts:
     tags = {"camopd.decision": "pass" if decision["passed"] else "fail", "camopd.reasons": "\n".join(decision["reasons"])}
     files = _texts(uri, done, store, (".html", ".json"))
     return Facts(tags={k: v[:MAX_TAG_LENGTH] for k, v in tags.items()}, points=tuple(points), files=files)
+
+
+def _books(plan: Plan, store: Store) -> dict[str, dict[str, float]]:
+    """What a run that has ended has taken, by stage; nothing once `camopd gc` was there: it was sent before."""
+    evaluated = [Part("evaluate", done) for _, done in _evaluations(plan, store)]
+    if not evaluated and stop_reason(plan.run_uri, store=store) is None:
+        return {}
+    parts = parts_of(plan, store)
+    return {} if parts is None else as_numbers(ledger([*parts, *evaluated]))
+
+
+def _ledger(plan: Plan, books: Mapping[str, Mapping[str, float]], store: Store) -> Facts:
+    """A point a number at the step of the last finished round, so that the series shows how it grew."""
+    trained = [store.manifest(layout.checkpoint_uri(uri)) for uri in plan.rounds]
+    done = [manifest for manifest in trained if manifest is not None]
+    last = done[-1] if done else store.require(layout.plan_uri(plan.run_uri))
+    points, _ = points_of({"ledger": books}, step=len(done), time_ms=_time_ms(last))
+    return Facts(points=tuple(points), files={"ledger.json": json.dumps(books, indent=1) + "\n"})
 
 
 def _release(text: str) -> Facts:
