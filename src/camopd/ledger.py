@@ -13,6 +13,7 @@ from typing import Any
 
 from camopd import plan as layout
 from camopd.attempts import failed_seconds
+from camopd.past import known
 from camopd.plan import Plan
 from camopd.shards import place_of
 from camopd.store import Manifest, Store
@@ -141,7 +142,7 @@ def _time(seconds: float) -> str:
 
 
 def parts_of(plan: Plan, store: Store) -> list[Part] | None:
-    """Every finished prefix of a run but the evaluation's, or None where `camopd gc` has taken some away."""
+    """Every prefix of a run that was finished but the evaluation's, or None where some are gone without a word."""
     failed = _failed(plan.run_uri, store)
     prefixes = [("prepare", layout.plan_uri(plan.run_uri))]
     prefixes += [("rollout", layout.teacher_prompts_uri(plan.run_uri, branch.name)) for branch in plan.recipe.branches]
@@ -176,5 +177,5 @@ def _failed(run_uri: str, store: Store) -> dict[str, float]:
 
 
 def _parts(prefixes: Iterable[tuple[str, str]], failed: Mapping[str, float], store: Store) -> list[Part]:
-    found = [(stage, uri, store.manifest(uri)) for stage, uri in prefixes]
+    found = [(stage, uri, known(uri, store)) for stage, uri in prefixes]
     return [Part(stage, done, failed.get(uri, 0.0)) for stage, uri, done in found if done is not None]

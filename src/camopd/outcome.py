@@ -20,6 +20,7 @@ from camopd.config import load_recipe
 from camopd.errors import CamopdError, UnhealthyRunError
 from camopd.evaluate import EVALUATION, REPORT, evaluation_uri, headline_table
 from camopd.ledger import Part, in_words, ledger, parts_of
+from camopd.past import known
 from camopd.plan import Plan
 from camopd.promote import release_uri
 from camopd.rounds import record_stop, stop_reason
@@ -93,7 +94,7 @@ class Result:
 
 def result_of(plan: Plan, store: Store) -> Result | None:
     """The result of a run whose every stage is done for the recipe as it is now, else None."""
-    if store.manifest(layout.checkpoint_uri(plan.rounds[-1])) is None:
+    if known(layout.checkpoint_uri(plan.rounds[-1]), store) is None:
         return None
     uri = evaluation_uri(plan, store)
     if store.manifest(uri) is None:
@@ -253,7 +254,7 @@ def _conclusion(found: Result) -> dict[str, str]:
 
 
 def _rounds_finished(plan: Plan, store: Store) -> int:
-    return sum(store.manifest(layout.checkpoint_uri(uri)) is not None for uri in plan.rounds)
+    return sum(known(layout.checkpoint_uri(uri), store) is not None for uri in plan.rounds)
 
 
 def _read(uri: str, store: Store) -> dict[str, str]:

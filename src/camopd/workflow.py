@@ -22,6 +22,7 @@ from camopd.errors import UnhealthyRunError
 from camopd.estimate.pods import check_pods
 from camopd.estimate.work import scored_branches
 from camopd.outcome import Recorded
+from camopd.past import known
 from camopd.plan import Plan
 from camopd.recipe.parameters import AS_IN_RECIPE
 from camopd.shards import place_of, shard_uri, shard_uris
@@ -218,7 +219,7 @@ def recover(round_uri: str, *, store: Store | None = None) -> Done:
     run_uri, _ = layout.run_and_round(round_uri)
     _colocated(Plan.load(store, run_uri), store)
     uri = layout.checkpoint_uri(round_uri)
-    return Done(uri, headline(store.require(uri).metrics))
+    return Done(uri, headline((known(uri, store) or store.require(uri)).metrics))
 
 
 def evaluate(run_uri: str, *, store: Store | None = None) -> Done:

@@ -22,6 +22,7 @@ from camopd import plan as layout
 from camopd.evaluation.charts import Point, colours, dots, lines
 from camopd.evaluation.gradients import COSINE, diagnostic_series, gradient_table, taken_on, token_shares
 from camopd.ledger import Line
+from camopd.past import known
 from camopd.plan import Plan
 from camopd.store import Store, join
 
@@ -47,10 +48,12 @@ class Round:
 
 
 def read_rounds(plan: Plan, store: Store) -> list[Round]:
-    """The run's finished rounds, in order."""
+    """The run's finished rounds, in order, as far as their files are there."""
     rounds = []
     for number, uri in enumerate(plan.rounds, 1):
         trained = store.manifest(layout.checkpoint_uri(uri))
+        if trained is None and known(layout.checkpoint_uri(uri), store) is not None:
+            continue  # removed by camopd gc, and its steps with it
         if trained is None:
             break
         steps = json.loads(store.read(join(layout.checkpoint_uri(uri), "steps.json")))

@@ -27,6 +27,7 @@ from camopd.store.local import LocalBackend, content_of, local_path, scratch
 from camopd.store.manifest import MANIFEST, FileInfo, Manifest, canonical, content_id_of, digest, sha256_file
 from camopd.store.prefetch import Prefetcher
 from camopd.store.protocols import Alone, Backend, Sending, Writers
+from camopd.store.sweeper import Sweeper
 from camopd.store.uris import check_uri, is_s3, join, parent
 
 __all__ = [
@@ -95,6 +96,10 @@ class Store:
 
             self._s3 = S3Backend()
         return self._s3
+
+    def sweeper(self, uri: str) -> Sweeper:
+        """What sees and removes single files at a location: for `camopd gc`."""
+        return self._backend(uri).sweeper()
 
     def stat(self, uri: str) -> FileInfo | None:
         """The file of exactly this URI, or None."""

@@ -23,6 +23,7 @@ from camopd import __version__
 from camopd import plan as layout
 from camopd.attempts import cut_offs
 from camopd.ledger import Part, as_numbers, ledger, parts_of
+from camopd.past import known
 from camopd.plan import Plan
 from camopd.rounds import stop_reason
 from camopd.shards import waiting_share
@@ -236,7 +237,7 @@ def status(plan: Plan, store: Store) -> Literal["RUNNING", "FAILED", "FINISHED"]
     """FAILED when the run stopped itself, FINISHED when its last checkpoint is evaluated, else RUNNING."""
     if stop_reason(plan.run_uri, store=store) is not None:
         return "FAILED"
-    last = store.manifest(layout.checkpoint_uri(plan.rounds[-1]))
+    last = known(layout.checkpoint_uri(plan.rounds[-1]), store)
     evaluated = last is not None and any(last.content_id in done.inputs.values() for _, done in _evaluations(plan, store))
     return "FINISHED" if evaluated else "RUNNING"
 
@@ -248,7 +249,7 @@ def entries(plan: Plan, store: Store) -> Iterator[Entry]:
     planned = store.require(layout.plan_uri(plan.run_uri))
     yield Entry("plan", planned.content_id, partial(_plan, plan, planned, store))
     for round_number, uri in enumerate(plan.rounds, 1):
-        trained = store.manifest(layout.checkpoint_uri(uri))
+        trained = known(layout.checkpoint_uri(uri), store)
         if trained is None:
             break
         yield Entry(f"round-{round_number:04d}", trained.content_id, partial(_round, plan, round_number, store), nested=True)
@@ -288,9 +289,10 @@ def _round(plan: Plan, round_number: int, store: Store) -> Facts:
     prefixes |= {f"score-{branch.name}": layout.score_uri(uri, branch.name) for branch in plan.recipe.branches}
     prefixes |= {"select": layout.select_uri(uri), "train": layout.checkpoint_uri(uri)}
     # A recovery in one process leaves the checkpoint alone, and a branch without a step in the round has no scores.
-    found = {stage: store.manifest(prefix) for stage, prefix in prefixes.items()}
+    found = {stage: known(prefix, store) for stage, prefix in prefixes.items()}
     stages = {stage: done for stage, done in found.items() if done is not None}
-    steps = json.loads(store.read(join(layout.checkpoint_uri(uri), "steps.json")))
+    written = join(layout.checkpoint_uri(uri), "steps.json")
+    steps = json.loads(store.read(written)) if store.stat(written) else []  # gone with the checkpoint: camopd gc
     time_ms = _time_ms(stages["train"])
     series, nonfinite_steps, nonfinite_names = step_points(steps, time_ms=time_ms)
     numbers: dict[str, Any] = {
@@ -319,7 +321,7 @@ def _evaluation(plan: Plan, uri: str, done: Manifest, store: Store) -> Facts:
 
 
 def _books(plan: Plan, store: Store) -> dict[str, dict[str, float]]:
-    """What a run that has ended has taken, by stage; nothing once `camopd gc` was there: it was sent before."""
+    """What a run that has ended has taken, by stage; nothing where some of it is gone."""
     evaluated = [Part("evaluate", done) for _, done in _evaluations(plan, store)]
     if not evaluated and stop_reason(plan.run_uri, store=store) is None:
         return {}
@@ -329,7 +331,7 @@ def _books(plan: Plan, store: Store) -> dict[str, dict[str, float]]:
 
 def _ledger(plan: Plan, books: Mapping[str, Mapping[str, float]], store: Store) -> Facts:
     """A point a number at the step of the last finished round, so that the series shows how it grew."""
-    trained = [store.manifest(layout.checkpoint_uri(uri)) for uri in plan.rounds]
+    trained = [known(layout.checkpoint_uri(uri), store) for uri in plan.rounds]
     done = [manifest for manifest in trained if manifest is not None]
     last = done[-1] if done else store.require(layout.plan_uri(plan.run_uri))
     points, _ = points_of({"ledger": books}, step=len(done), time_ms=_time_ms(last))
