@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from camopd.errors import CamopdError, MissingError, StoreError
 from camopd.past import COLLECTED, record_uri
-from camopd.retention import WINDOW, Policy, Reference, Run, Unit, Verdict, in_days, is_record_of_removal, units_of
-from camopd.store import MANIFEST, Manifest, Store, join
+from camopd.retention import WINDOW, Policy, Reference, Run, Unit, Verdict, is_record_of_removal, units_of
+from camopd.store import MANIFEST, Manifest, Store, join, parent
 from camopd.store.sweeper import Found, Upload
 from camopd.tracking.references import locations_in, normalised
 
@@ -175,8 +175,8 @@ class Removed:
     problem: str = ""
 
 
-def sweep(found: Inventory, verdicts: Iterable[Verdict], policy: Policy, store: Store) -> Iterator[Removed]:
-    """Remove what was decided, one unit after the other, each after another look at its run.
+def sweep(found: Inventory, verdicts: Iterable[Verdict], jobs: Sequence[Found], store: Store) -> Iterator[Removed]:
+    """Remove what was decided, one unit after the other, each after another look at its run; then old records and uploads.
 
     Raises:
         StoreError: no permission, or the store failed; what was removed before is whole.
@@ -191,7 +191,13 @@ def sweep(found: Inventory, verdicts: Iterable[Verdict], policy: Policy, store: 
             yield Removed(join(run.uri, unit.name), unit.bytes)
         if verdict.whole:
             yield _whole_run(run, store)
-    yield from _sweep_rest(found, policy, store)
+    sweeper = store.sweeper(found.output)
+    if jobs:
+        sweeper.remove(found.output, [file.name for file in jobs])
+        yield Removed(f"{len(jobs)} records of pipeline runs in jobs/", sum(file.size for file in jobs))
+    for upload in found.uploads:
+        sweeper.abort(found.output, upload)
+        yield Removed(f"the parts of an upload of {join(found.output, upload.name)}")
 
 
 def _is_unchanged(run: Run, store: Store) -> bool:
@@ -202,44 +208,34 @@ def _is_unchanged(run: Run, store: Store) -> bool:
 
 
 def _remove_unit(run: Run, unit: Unit, store: Store, *, is_kept: bool) -> None:
+    """Remove a unit's files, its manifest first; where it ``is_kept`` in mind, with a record of that."""
     uri = join(run.uri, unit.name)
-    sweeper = store.sweeper(uri)
     if is_kept and unit.name in run.manifests:
         store.write(record_uri(uri), store.read(join(uri, MANIFEST)))
-    if _has(unit.files, MANIFEST):
-        sweeper.remove(uri, [MANIFEST])
-    sweeper.remove(uri, [file.name for file in unit.files if file.name != MANIFEST])
+    names = [file.name for file in unit.files]
+    _remove(run, [f"{unit.name}/{name}" for name in names if name == MANIFEST], store)
+    _remove(run, [f"{unit.name}/{name}" for name in names if name != MANIFEST], store)
+
+
+def _remove(run: Run, names: Sequence[str], store: Store) -> None:
+    """Remove files of a run, and its folder with the last of them."""
+    if names:
+        above = parent(run.uri)
+        store.sweeper(above).remove(above, [f"{run.name}/{name}" for name in names])
 
 
 def _whole_run(run: Run, store: Store) -> Removed:
     """Remove everything of a run, recipe.json last: until then it is a run that is to go."""
-    changed = Removed(run.uri, problem="was written to meanwhile; what is left of it is left as it is")
-    for unit in run.units:
-        if not _is_unchanged(run, store):
-            return changed
-        _remove_unit(run, unit, store, is_kept=False)
     in_units = {f"{unit.name}/{file.name}" for unit in run.units for file in unit.files}
     rest = [file.name for file in run.files if file.name not in in_units and file.name != "recipe.json"]
-    if not _is_unchanged(run, store):
-        return changed
-    sweeper = store.sweeper(run.uri)
-    sweeper.remove(run.uri, rest)
-    sweeper.remove(run.uri, ["recipe.json"])
+    steps = [partial(_remove_unit, run, unit, store, is_kept=False) for unit in run.units]
+    for step in (*steps, partial(_remove, run, rest, store), partial(_remove, run, ["recipe.json"], store)):
+        if not _is_unchanged(run, store):
+            return Removed(run.uri, problem="was written to meanwhile; what is left of it is left as it is")
+        step()
     return Removed(run.uri, sum(file.size for file in run.files))
 
 
 def old_jobs(found: Inventory, policy: Policy, now: float) -> list[Found]:
     """Records of pipeline runs that nobody asks for any more: an exit handler reads them at the end of its run."""
     return [file for file in found.jobs if now - file.modified > max(policy.older_than, WINDOW)]
-
-
-def _sweep_rest(found: Inventory, policy: Policy, store: Store) -> Iterator[Removed]:
-    sweeper = store.sweeper(found.output)
-    if jobs := old_jobs(found, policy, time.time()):
-        sweeper.remove(found.output, [file.name for file in jobs])
-        yield Removed(
-            f"{len(jobs)} records of pipeline runs older than {in_days(policy.older_than)}", sum(f.size for f in jobs)
-        )
-    for upload in found.uploads:
-        sweeper.abort(found.output, upload)
-        yield Removed(f"the parts of an upload of {join(found.output, upload.name)}")

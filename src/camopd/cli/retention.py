@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,9 +13,10 @@ import typer
 from camopd.cli.options import place_of
 
 if TYPE_CHECKING:
-    from camopd.collect import Inventory
-    from camopd.retention import Policy, Reference, Verdict
+    from camopd.collect import Inventory, Removed
+    from camopd.retention import Reference, Verdict
     from camopd.store import Store
+    from camopd.store.sweeper import Found
 
 _UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
@@ -53,7 +55,7 @@ def gc(
 
     Example: `camopd gc s3://models/runs --older-than 14d --delete`
     """
-    from camopd.collect import look
+    from camopd.collect import look, old_jobs
     from camopd.retention import Policy, decide
     from camopd.store import Store
 
@@ -64,11 +66,12 @@ def gc(
     found = look(place_of(output), store, now)
     found, references, unknown = _references(found, no_registry=no_registry, must_know=delete)
     verdicts = decide(found.runs, references, policy, now)
-    removed = _sweep(found, verdicts, policy, store, quiet=json_) if delete else None
+    jobs = old_jobs(found, policy, now)
+    removed = _sweep(found, verdicts, jobs, store, quiet=json_) if delete else None
     if json_:
-        typer.echo(json.dumps(_record(found, verdicts, policy, now, unknown, removed), indent=1))
+        typer.echo(json.dumps(_record(found, verdicts, jobs, now, unknown, removed), indent=1))
     elif removed is None:
-        _print(found, verdicts, policy, now)
+        _print(found, verdicts, jobs, now)
         if unknown:
             typer.echo(f"Nothing can be removed now: {unknown}")
         elif any(verdict.bytes for verdict in verdicts):
@@ -97,22 +100,20 @@ def _references(found: Inventory, *, no_registry: bool, must_know: bool) -> tupl
     return replace(found, runs=tuple(replace(run, released=()) for run in found.runs)), [*own, *registered], ""
 
 
-def _sweep(found: Inventory, verdicts: list[Verdict], policy: Policy, store: Store, *, quiet: bool) -> list[dict[str, object]]:
+def _sweep(found: Inventory, verdicts: list[Verdict], jobs: list[Found], store: Store, *, quiet: bool) -> list[Removed]:
     from camopd.collect import sweep
 
-    done: list[dict[str, object]] = []
-    for one in sweep(found, verdicts, policy, store):
-        done.append({"what": one.what, "bytes": one.bytes, "problem": one.problem})
+    done: list[Removed] = []
+    for one in sweep(found, verdicts, jobs, store):
+        done.append(one)
         if not quiet:
             typer.echo(f"{one.what}: {one.problem}" if one.problem else f"removed {one.what} ({_size(one.bytes)})")
     if not quiet:
-        total = sum(int(str(one["bytes"])) for one in done)
-        typer.echo(f"{_size(total)} removed." if done else "Nothing to remove.")
+        typer.echo(f"{_size(sum(one.bytes for one in done))} removed." if done else "Nothing to remove.")
     return done
 
 
-def _print(found: Inventory, verdicts: list[Verdict], policy: Policy, now: float) -> None:
-    from camopd.collect import old_jobs
+def _print(found: Inventory, verdicts: list[Verdict], jobs: list[Found], now: float) -> None:
     from camopd.retention import in_days
 
     rows = [("run", "age", "state", "would go", "bytes")]
@@ -124,7 +125,7 @@ def _print(found: Inventory, verdicts: list[Verdict], policy: Policy, now: float
         typer.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
         for sentence in sentences:
             typer.echo(f"    stays: {sentence}")
-    if jobs := old_jobs(found, policy, now):
+    if jobs:
         typer.echo(f"{len(jobs)} records of pipeline runs in jobs/ would go.")
     if found.uploads:
         typer.echo(f"The parts of {len(found.uploads)} uploads that nobody ended would go.")
@@ -149,13 +150,11 @@ def _size(count: int) -> str:
 def _record(
     found: Inventory,
     verdicts: list[Verdict],
-    policy: Policy,
+    jobs: list[Found],
     now: float,
     unknown: str,
-    removed: list[dict[str, object]] | None,
+    removed: list[Removed] | None,
 ) -> dict[str, object]:
-    from camopd.collect import old_jobs
-
     runs = [
         {
             "run": verdict.run.name,
@@ -168,8 +167,8 @@ def _record(
         }
         for verdict in verdicts
     ]
-    jobs = [file.name for file in old_jobs(found, policy, now)]
+    records = [file.name for file in jobs]
     uploads = [upload.name for upload in found.uploads]
-    record: dict[str, object] = {"output": found.output, "runs": runs, "jobs": jobs, "uploads": uploads}
+    record: dict[str, object] = {"output": found.output, "runs": runs, "jobs": records, "uploads": uploads}
     record |= {"others": list(found.others), "registry": unknown or "asked"}
-    return record | ({} if removed is None else {"removed": removed})
+    return record | ({} if removed is None else {"removed": [asdict(one) for one in removed]})

@@ -44,7 +44,7 @@ class Sweeper(Protocol):
         """Every file below a place, by name."""
 
     def remove(self, uri: str, names: Sequence[str]) -> None:
-        """Delete these files below a place, in this order as far as it can be seen from outside; absent ones do no harm."""
+        """Delete these files below a place, and folders below it that held nothing else; absent ones do no harm."""
 
     def uploads(self, uri: str) -> list[Upload]:
         """Uploads below a place that are not ended; none where that may not be asked."""
@@ -75,13 +75,10 @@ class LocalSweeper:
         with _told(uri):
             for name in names:
                 (root / name).unlink(missing_ok=True)
-            for folder in sorted(
-                {above for name in names for above in (root / name).parents if root in above.parents}, reverse=True
-            ):
-                with contextlib.suppress(OSError):  # not empty, or gone
+            emptied = {folder for name in names for folder in (root / name).parents if root in folder.parents}
+            for folder in sorted(emptied, reverse=True):  # the deepest first
+                with contextlib.suppress(OSError):  # something is in it
                     folder.rmdir()
-            with contextlib.suppress(OSError):
-                root.rmdir()
 
     def uploads(self, uri: str) -> list[Upload]:
         return []
