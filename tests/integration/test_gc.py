@@ -14,7 +14,7 @@ from camopd import workflow
 from camopd.evaluate import evaluation_uri
 from camopd.plan import Plan
 from camopd.store import Store, join
-from tests.integration.runs import ROOT, SMALL, camopd, environment
+from tests.integration.runs import ROOT, SMALL, camopd
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def test_after_a_removal(tmp_path, monkeypatch) -> None:
     then = time.time() - 40 * 86400
     for path in tmp_path.rglob("*"):
         os.utime(path, (then, then))
-    said = json.loads(camopd("gc", str(tmp_path), "--delete", "--no-registry", "--json", **environment()))
+    said = json.loads(camopd("gc", str(tmp_path), "--delete", "--no-registry", "--json"))
     assert len([one for one in said["removed"] if one["what"].endswith("/train")]) == 2
     before = files(first.uri)
 
