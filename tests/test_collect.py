@@ -311,6 +311,16 @@ def test_parts_of_uploads_that_nobody_ended(s3_prefix: str, s3_server) -> None:
     assert [one["Key"] for one in left] == [f"{prefix}/of-somebody/x.bin"]
 
 
+@pytest.mark.parametrize("recipe", [b"{", b"[]", b'{"num_rounds": 2}', b'{"num_rounds": "two", "student": "x"}'])
+def test_a_recipe_that_is_not_understood_means_that_all_stays(tmp_path, recipe: bytes) -> None:
+    store = Store()
+    plan = make_released(str(tmp_path), store)
+    store.write(join(plan.run_uri, "recipe.json"), recipe)
+    before = names(plan.run_uri, store)
+    assert collected(str(tmp_path), store, Policy(older_than=0, whole_runs=True)) == []
+    assert names(plan.run_uri, store) == before
+
+
 def test_a_run_or_nothing_is_no_output(tmp_path) -> None:
     store = Store()
     plan = make_released(str(tmp_path), store)
@@ -349,6 +359,7 @@ def test_what_a_version_of_any_model_names_in_a_tag_stays(tmp_path, mlflow_serve
     assert "rounds/0001/train" not in went
     assert "rounds/0001/rollout" in went
     assert f"rounds/0001/train is needed by version 1 of {model}" in run["keeps"]
+    assert json.loads(said)["registry"] == "asked"
 
 
 def test_sources_on_s3_and_of_files(s3_prefix: str, mlflow_sqlite: str, monkeypatch, tmp_path) -> None:
@@ -454,3 +465,30 @@ def test_places_through_links_are_the_same_place(tmp_path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert normalised(str(tmp_path / "link" / "x")) == normalised((tmp_path / "real" / "x").as_uri())
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2, 3, 8])
+def test_broken_off_on_s3_the_next_one_goes_on(s3_prefix: str, s3_server, monkeypatch, allowed: int) -> None:
+    store, output = Store(), join(s3_prefix, "runs")
+    plan = make_released(output, store)
+    ids = [store.require(layout.checkpoint_uri(uri)).content_id for uri in plan.rounds]
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    removals = iter(range(allowed))
+
+    def fail_later(request) -> Answer | None:
+        is_removal = request.method == "DELETE" or (request.method == "POST" and "delete" in request.query)
+        return Answer.error(503, "SlowDown") if is_removal and next(removals, None) is None else None
+
+    with gateway_to(s3_server) as gateway:
+        gateway.before = fail_later
+        with pytest.raises(StoreError, match="overloaded or failing"):
+            collected(output, store_by(gateway))
+    for uri in plan.rounds:
+        for name in ("rollout", "select", "train"):
+            place = join(uri, name)
+            assert store.manifest(place) is None or store.verify(place, deep=True) == []
+            assert known(place, store) is not None
+    collected(output, store)
+    left = rounds_below(plan.run_uri, store)
+    assert {name for name in left if "/collected/" not in name} == {n for n in left if n.startswith("rounds/0002/train/")}
+    assert [known(layout.checkpoint_uri(uri), store).content_id for uri in plan.rounds] == ids  # type: ignore[union-attr]

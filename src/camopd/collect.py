@@ -99,13 +99,17 @@ def read_run(name: str, uri: str, files: Sequence[Found], store: Store) -> Run:
         name=name,
         uri=uri,
         files=tuple(files),
-        settings=settings if all(key in settings for key in _NEEDED) else None,
+        settings=settings if _is_recipe(settings) else None,
         manifests=manifests,
         records=records,
-        begun=max((one["time"] for one in attempts if one.get("state") == "begun"), default=0.0),
-        released=tuple(normalised(one["checkpoint_uri"]) for one in releases if one.get("version") is not None),
+        begun=max((float(one.get("time", 0)) for one in attempts if one.get("state") == "begun"), default=0.0),
+        released=tuple(normalised(str(one.get("checkpoint_uri", ""))) for one in releases if one.get("version") is not None),
         content_ids=frozenset(plan.get("content_ids", {}).values()),
     )
+
+
+def _is_recipe(settings: dict[str, Any]) -> bool:
+    return all(key in settings for key in _NEEDED) and isinstance(settings["num_rounds"], int)
 
 
 def _manifest(uri: str, store: Store) -> Manifest | None:

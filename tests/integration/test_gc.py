@@ -28,7 +28,7 @@ def files(run_uri: str) -> dict[str, int]:
     return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
 
 
-def test_after_a_removal(tmp_path, monkeypatch) -> None:
+def test_after_a_removal(tmp_path, monkeypatch, webhook) -> None:
     for name in [name for name in os.environ if name.startswith("MLFLOW")]:
         monkeypatch.delenv(name)
     store, asked = Store(), SETTINGS | {"output": str(tmp_path)}
@@ -41,8 +41,10 @@ def test_after_a_removal(tmp_path, monkeypatch) -> None:
     said = json.loads(camopd("gc", str(tmp_path), "--delete", "--no-registry", "--json"))
     assert len([one for one in said["removed"] if one["what"].endswith("/train")]) == 2
     before = files(first.uri)
+    assert [(sent["status"], sent["run_uri"]) for sent in webhook.sent] == [("refused", first.uri)]
 
     assert workflow.run(RECIPE, asked).release == first.release
+    assert len(webhook.sent) == 1  # it was told
     after = files(first.uri)
     assert {name for name in after if name not in before} == set()
     assert {name.partition("/")[0] for name in after if after[name] != before[name]} <= {

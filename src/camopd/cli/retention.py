@@ -69,7 +69,9 @@ def gc(
     jobs = old_jobs(found, policy, now)
     removed = _sweep(found, verdicts, jobs, store, quiet=json_) if delete else None
     if json_:
-        typer.echo(json.dumps(_record(found, verdicts, jobs, now, unknown, removed), indent=1))
+        typer.echo(
+            json.dumps(_record(found, verdicts, jobs, now, "none" if no_registry else unknown or "asked", removed), indent=1)
+        )
     elif removed is None:
         _print(found, verdicts, jobs, now)
         if unknown:
@@ -152,7 +154,7 @@ def _record(
     verdicts: list[Verdict],
     jobs: list[Found],
     now: float,
-    unknown: str,
+    registry: str,
     removed: list[Removed] | None,
 ) -> dict[str, object]:
     runs = [
@@ -170,5 +172,5 @@ def _record(
     records = [file.name for file in jobs]
     uploads = [upload.name for upload in found.uploads]
     record: dict[str, object] = {"output": found.output, "runs": runs, "jobs": records, "uploads": uploads}
-    record |= {"others": list(found.others), "registry": unknown or "asked"}
+    record |= {"others": list(found.others), "registry": registry}
     return record | ({} if removed is None else {"removed": [asdict(one) for one in removed]})

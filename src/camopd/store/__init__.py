@@ -1,8 +1,8 @@
 """Local folders and s3:// prefixes behind one small interface, and what makes a prefix finished.
 
-A stage writes one prefix and its ``manifest.json`` last; a prefix without a manifest does not exist. Nothing that lies in a
-store is ever deleted but what training keeps for its own restart and what a killed attempt left in a local folder, and names
-that begin with a dot (``.git``, ``.cache``, half-written files) are nobody's content.
+A stage writes one prefix and its ``manifest.json`` last; a prefix without a manifest does not exist. No stage ever deletes
+anything but what training keeps for its own restart and what a killed attempt left in a local folder (`camopd gc` is no
+stage), and names that begin with a dot (``.git``, ``.cache``, half-written files) are nobody's content.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from camopd.errors import StoreError
 from camopd.store.uris import join
 
 BATCH = 1000  # keys of one DeleteObjects, by S3's rule
+NO_BATCHES = (400, 404, 405, 411, 501)  # no such request there, or one that wants a checksum which this client does not send
 _MAY_NOT = "these credentials may not delete there; they need s3:DeleteObject"
 
 
@@ -127,9 +128,9 @@ class S3Sweeper:
                 Bucket=bucket, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True}
             )
         except ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 403:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] not in NO_BATCHES:
                 raise
-            self._batches = False  # no such request there, or one that wants a checksum which this client does not send
+            self._batches = False
             return False
         for one in answer.get("Errors", ()):
             if one.get("Code") == "AccessDenied":
