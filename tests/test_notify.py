@@ -27,6 +27,7 @@ from camopd.errors import CamopdError, InputError
 from camopd.notify import Message, send, send_once
 from camopd.outcome import Recorded, ending_of
 from camopd.promote import release_uri
+from camopd.rounds import record_stop
 from camopd.store import Store, join
 from tests.finished import make_plan, make_run
 from tests.fixtures.webhook import Webhook
@@ -298,6 +299,17 @@ def test_the_exit_handler_tells_once_also_when_it_runs_again(tmp_path, webhook: 
     fail(plan, store, "the disk is full")  # a later attempt of the same pipeline run
     workflow.outcome("micro", str(tmp_path), job="kfp-1", succeeded=False, store=store)
     assert len(webhook.sent) == 2
+
+
+def test_a_run_that_stops_itself(tmp_path, webhook: Webhook) -> None:
+    store = Store()
+    plan = make_plan(str(tmp_path), store)
+    record_stop(plan.run_uri, stage="train", round_number=1, reason="the loss of step 3 is not finite", store=store)
+    announce.tell(ending_of(plan.run_uri, succeeded=False, store=store), store=store)
+    (sent,) = webhook.sent
+    assert (sent["status"], sent["headline"]) == ("failed", "stopped itself")
+    assert sent["reason"] == "round 1, train: the loss of step 3 is not finite"
+    assert "stop.json" in sent["next"]
 
 
 def test_a_pipeline_that_fails_in_prepare_is_told_once(tmp_path, webhook: Webhook) -> None:

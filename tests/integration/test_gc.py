@@ -45,6 +45,9 @@ def test_after_a_removal(tmp_path, monkeypatch, webhook) -> None:
 
     assert workflow.run(RECIPE, asked).release == first.release
     assert len(webhook.sent) == 1  # it was told
+    took = [line for line in camopd("run", RECIPE, settings=asked).splitlines() if line.startswith("Took:")]
+    assert len(took) == 1
+    assert took[0].endswith(" MB written")
     after = files(first.uri)
     assert {name for name in after if name not in before} == set()
     assert {name.partition("/")[0] for name in after if after[name] != before[name]} <= {
