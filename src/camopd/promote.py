@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from camopd.errors import TrackingError
 from camopd.evaluate import EVALUATION, evaluation_uri
+from camopd.past import known, require_files
 from camopd.plan import Plan, checkpoint_uri, training_config
 from camopd.store import Store, digest, join
 from camopd.tracking import AliasAtStart, OutageError, Registry, Tracker, Version, alias_at_start, logbook
@@ -77,9 +78,8 @@ def run(run_uri: str, *, store: Store, tracker: Tracker, seconds: float = PROMOT
     result = json.loads(store.read(join(evaluation_uri(plan, store), EVALUATION)))
     weights = checkpoint_uri(plan.rounds[-1])
     names = plan.recipe.promote
-    blank = Release(
-        "disabled", names.model_name, None, names.alias, logbook.absolute(weights), store.require(weights).content_id
-    )
+    trained = known(weights, store) or store.require(weights)
+    blank = Release("disabled", names.model_name, None, names.alias, logbook.absolute(weights), trained.content_id)
 
     registry = tracker.registry(names.model_name)
     if not result["decision"]["passed"]:
@@ -192,6 +192,7 @@ class _Wish:
         mine = self._mine()
         if mine is not None and mine.tags.get("camopd.status") == "promoted":
             return replace(self.release, status="already-promoted", version=mine.number)
+        require_files(self.release.checkpoint_uri, self.store)
         damage = self.store.verify(self.release.checkpoint_uri, deep=True)
         if damage:
             return replace(self.release, status="refused", reasons=tuple(damage))

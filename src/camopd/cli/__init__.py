@@ -11,7 +11,7 @@ import typer
 
 from camopd import __version__
 from camopd.attempts import heeding_sigterm
-from camopd.cli import checking, cluster, planning, stages
+from camopd.cli import checking, cluster, planning, retention, stages
 from camopd.errors import CamopdError
 
 app = typer.Typer(
@@ -23,7 +23,8 @@ app = typer.Typer(
 )
 
 STAGES = (stages.prepare, stages.rollout, stages.score, stages.select, stages.train, stages.evaluate, stages.promote)
-VERBS = (*STAGES, stages.run, stages.recover, planning.plan, cluster.submit, cluster.watch, checking.check)
+CLUSTER = (cluster.submit, cluster.watch, checking.check)
+VERBS = (*STAGES, stages.run, stages.recover, planning.plan, *CLUSTER, retention.gc)
 for verb in VERBS:
     app.command()(verb)
 
