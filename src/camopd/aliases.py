@@ -1,7 +1,7 @@
 """The one way in which an alias is moved, whoever asks for it: a finished run, an approval, a rollback.
 
-MLflow moves an alias without any check and has no compare-and-swap. So: the weights are verified before, by whoever asks; then, in a
-turn that nobody else has (tracking/turns.py), the alias is compared with where it is meant to be, moved, and looked at again.
+MLflow moves an alias without any check and has no compare-and-swap. So: the weights are verified first, by whoever asks; then,
+in a turn that nobody else has (tracking/turns.py), the alias is compared with where it should be, moved, and looked at again.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def move(registry: Registry, wish: Move, obstacle: Obstacle, *, then: Then = lam
         if found != wish.version:
             return f"the alias {wish.alias} was moved to version {found} at the same time"
         about = wish.version if wish.about is None else wish.about
-        event = Event(now(versions), wish.what, about, wish.alias, current, wish.version, **vars(wish.actor))
+        before = None if current == wish.version else current  # moved by an attempt that was cut off
+        event = Event(now(versions), wish.what, about, wish.alias, before, wish.version, **vars(wish.actor))
         if current != wish.version or not _told(versions, event):
             registry.tag(about, event.tag())
         then(versions)
@@ -93,7 +94,7 @@ def is_ours(version: Version) -> bool:
 
 
 def damage(version: Version, registry: Registry, store: Store) -> list[str]:
-    """What is wrong with a version's weights: every file is read and compared with the manifest, which must be the one promoted.
+    """What is wrong with a version's weights: every file is read and compared with the manifest, which is the promoted one's.
 
     Of a version that was not made by a recovery nobody knows what its files should be: there it is looked whether the registry
     finds any.

@@ -132,10 +132,9 @@ def rollback(
     chosen = _of(model, versions, earlier[0] if to is None else to)
     if chosen.number == current:
         raise RefusedError(f"the alias {alias} of {model} points to version {current} already")
-    if chosen.tags.get(STATUS) in (*LEFT, "pending"):
-        raise RefusedError(
-            f"version {chosen.number} of {model} is {chosen.tags[STATUS]}; `camopd approve --again` takes it back"
-        )
+    if is_ours(chosen) and chosen.number not in earlier and (status := chosen.tags.get(STATUS)) != "promoted":
+        fix = "approve it, with --again where that was decided before"
+        raise RefusedError(f"version {chosen.number} of {model} is {status}, so that nothing goes back to it; {fix}")
     if wrong := damage(chosen, registry, store):
         others = [number for number in earlier if number != chosen.number]
         whole = next((n for n in others if not damage(_of(model, versions, n), registry, store)), None)

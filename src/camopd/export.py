@@ -1,7 +1,7 @@
 """What is promoted: a folder that people load, made of the last checkpoint without what only its training needs.
 
-Optimiser moments are two thirds of a checkpoint, and rounds may be deleted one day. The weights are copied by the store, so that
-they do not pass through this machine; card, facts and report are written beside them.
+Optimiser moments are two thirds of a checkpoint, and rounds may be deleted one day. The weights are copied by the store, so
+that they do not pass through this machine; card, facts and report are written beside them.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def software(plan: Plan, store: Store) -> dict[str, Any]:
 
 def card(known: Mapping[str, Any]) -> str:
     """The model card: YAML for the Hugging Face Hub and its like, and a page for people."""
-    is_adapter = known["kind"] == "lora-adapter"
-    student = known["lineage"]["student"]
+    is_adapter, evaluation = known["kind"] == "lora-adapter", known["evaluation"]
+    student, version = known["lineage"]["student"], known["software"]["camopd"]
     head = {
         "base_model": known["base"]["uri"] if is_adapter else student,
         "base_model_relation": "adapter" if is_adapter else "finetune",
@@ -127,52 +127,46 @@ def card(known: Mapping[str, Any]) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["camopd", "distillation"],
     }
-    evaluation = known["evaluation"]
+    front = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items())  # JSON is YAML
     header, *rows = (f"| {' | '.join(row)} |" for row in headline_table(evaluation))
-    return "\n".join(
-        [
-            "---",
-            *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()),  # JSON is YAML
-            "---",
-            "",
-            f"# {known['run']['id']}",
-            "",
-            f"The domain model `{student}` with its lost general ability recovered by camopd {known['software']['camopd']} (CaMOPD,",
-            "arXiv:2605.27115): trained on its own answers, with the original model as teacher on general prompts and itself on",
-            "domain prompts.",
-            "",
-            "Scores and shares with their 95 % intervals:",
-            "",
-            header,
-            "|" + "---|" * (len(evaluation["branches"]) + 1),
-            *rows,
-            "",
-            "The gate said yes:",
-            "",
-            *(f"- {reason}" for reason in evaluation["decision"]["reasons"]),
-            "",
-            f"`{REPORT}` shows the whole evaluation. `{FACTS}` has the content ids of all inputs, every setting and the code's version.",
-            "",
-            "## Loading it",
-            "",
-            *_loading(known),
-            "",
-        ]
-    )
+    table = "\n".join([header, "|" + "---|" * (len(evaluation["branches"]) + 1), *rows])
+    reasons = "\n".join(f"- {reason}" for reason in evaluation["decision"]["reasons"])
+    return f"""---
+{front}
+---
+
+# {known["run"]["id"]}
+
+The domain model `{student}` with its lost general ability recovered by camopd {version}
+(CaMOPD, arXiv:2605.27115): trained on its own answers, the original model as teacher on general prompts and itself on domain
+prompts.
+
+{table}
+
+Each number has its 95 % interval. The gate said yes:
+
+{reasons}
+
+`{REPORT}` shows the whole evaluation; `{FACTS}` has the content ids of all inputs, every setting and the version of the code.
+
+## Loading it
+
+{_loading(known)}
+"""
 
 
-def _loading(known: Mapping[str, Any]) -> list[str]:
+def _loading(known: Mapping[str, Any]) -> str:
     if known["kind"] == "model":
-        code = ["model = AutoModelForCausalLM.from_pretrained(FOLDER)", "tokenizer = AutoTokenizer.from_pretrained(FOLDER)"]
-        return ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "", *code, "```"]
-    base = known["base"]
-    return [
-        f"An adapter over `{base['uri']}` (`{base['content_id']}`). Fetch that folder, too, and say where it is:",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)",
-        "```",
-    ]
+        return """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
+```"""
+    return f"""An adapter over `{known["base"]["uri"]}` ({known["base"]["content_id"]}): fetch that, too, and say where it is.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)
+```"""

@@ -1,8 +1,8 @@
 """Stage 7: register the recovered model, if the gate said yes.
 
 Verify every file first, make the version with the status ``pending``, and only then, where the policy says so, move the alias
-(aliases.py): from where it was when the run started, or not at all. With policy ``manual`` the version waits under an alias of its
-own for a person (approval.py).
+(aliases.py): from where it was when the run started, or not at all. With policy ``manual`` the version waits for a person
+(approval.py) under an alias of its own.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Release:
 
     Attributes:
         status: promoted; already-promoted (an earlier call did it, or a person since); candidate (it waits for a person);
-            superseded-candidate (a newer one waits); superseded (a version, but the alias points elsewhere now); alias-unverified
-            (a version, but nobody knows where the alias pointed); rejected, rolled-back (a person did that since); refused;
-            disabled (nothing is tracked).
+            superseded-candidate (a newer one waits); superseded (a version, but the alias points elsewhere now);
+            alias-unverified (a version, but nobody knows where the alias pointed); rejected, rolled-back (a person did that
+            since); refused; disabled (nothing is tracked).
         model_name: registered model.
         version: number of the version, or None.
         alias: alias that was to move.
@@ -156,8 +156,9 @@ def obstacle(mine: Version, versions: Sequence[Version], start: AliasAtStart, cu
         current: where it points now.
     """
     known = {version.number: version for version in versions}
-    if known[mine.number].tags.get(STATUS) in LEFT:
-        return f"version {mine.number} is {known[mine.number].tags[STATUS]} now"
+    status = known[mine.number].tags.get(STATUS) if mine.number in known else "deleted"
+    if status in (*LEFT, "deleted"):
+        return f"version {mine.number} was {status} meanwhile"
     own = current in known and known[current].tags.get("camopd.run_id") == mine.tags["camopd.run_id"]  # fewer rounds, earlier
     if current in (mine.number, start.version) or own:
         return ""

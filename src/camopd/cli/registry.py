@@ -61,16 +61,14 @@ def rollback(
     model: ModelArgument,
     by: ByOption,
     why: WhyOption,
-    to: Annotated[
-        int | None, typer.Option(min=1, help="Version to go back to; none: the one that held the alias before.")
-    ] = None,
+    to: Annotated[int | None, typer.Option(min=1, help="Version to go back to; none: the one before.")] = None,
     alias: Annotated[str, typer.Option(help="The alias in use.")] = "champion",
     tracking_uri: TrackingOption = "",
 ) -> None:
     """Let the alias in use point to the version before, once every file of its weights was read and found whole.
 
-    **Reads** the registry, the model's history and the weights. **Writes** the alias, and who decided and why on the version that
-    it leaves, which no run that is started again makes the one in use.
+    **Reads** the registry, the model's history and the weights. **Writes** the alias, and who decided and why on the version
+    that it leaves, which no run that is started again makes the one in use.
 
     Example: `camopd rollback icd-coder --by "Ana Lima" --why "complaints since Monday"`
     """
