@@ -16,15 +16,15 @@ from uuid import uuid4
 import pytest
 
 from camopd import promote
-from camopd.config import Tracking
 from camopd.errors import StoreError, TrackingError
 from camopd.plan import Plan, checkpoint_uri
 from camopd.export import export_uri
 from camopd.promote import Release, obstacle, release_uri
 from camopd.store import Store, join
-from camopd.tracking import AliasAtStart, NullTracker, Tracker, Version, alias_snapshot, sync, tracker_for
+from camopd.tracking import AliasAtStart, NullTracker, Tracker, Version, alias_snapshot, sync
 from tests.finished import make_evaluation, make_plan, make_round, make_run
 from tests.fixtures.mlflow_server import Proxy
+from tests.registered import aliases, client, make_ready, open_tracker, versions
 
 
 @pytest.fixture(autouse=True)
@@ -53,32 +53,9 @@ def ready(tmp_path: Path, store: Store, model: str) -> Callable[..., Plan]:
     """Make a run that was started with tracking and is evaluated now."""
 
     def make(tracker: Tracker, *, seed: int = 0, passed: bool = True, **promote: Any) -> Plan:
-        plan = make_plan(str(tmp_path / "runs"), store, seed=seed, promote={"model_name": model, **promote})
-        alias_snapshot(plan.run_uri, store=store, tracker=tracker)
-        for number in (1, 2):
-            make_round(plan, store, number)
-        make_evaluation(plan, store, passed=passed)
-        return plan
+        return make_ready(str(tmp_path / "runs"), store, tracker, model, seed=seed, passed=passed, **promote)
 
     return make
-
-
-def open_tracker(uri: str) -> Tracker:
-    return tracker_for(Tracking(uri=uri, experiment="promotions"))
-
-
-def client(uri: str) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(uri)
-
-
-def versions(uri: str, model: str) -> list[Any]:
-    return sorted(client(uri).search_model_versions(f"name = '{model}'"), key=lambda version: int(version.version))
-
-
-def aliases(uri: str, model: str) -> dict[str, int]:
-    return {name: int(version) for name, version in client(uri).get_registered_model(model).aliases.items()}
 
 
 def exported(plan: Plan, store: Store) -> str:

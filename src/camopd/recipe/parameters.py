@@ -62,7 +62,7 @@ def apply_parameters(
             continue
         if parameter == SWITCH:
             if (on := _SWITCHED.get(str(value).strip().lower())) is None:
-                problems.append(Problem(parameter, f"true or false is expected, not {value!r}", "off registers nothing"))
+                problems.append(Problem(parameter, f"true or false is expected, not {value!r:.80}", "off registers nothing"))
             if on is not False:
                 continue
             value = "never"

@@ -210,7 +210,7 @@ class Promote(Section):
     @field_validator("candidate_alias")
     @classmethod
     def _apart(cls, candidate: str, info: ValidationInfo) -> str:
-        if candidate == info.data.get("alias"):
+        if info.data.get("policy") == "manual" and candidate == info.data.get("alias"):
             raise ValueError(f"candidate_alias and alias are both {candidate!r}: a version that waits would be in use already")
         return candidate
 
