@@ -17,8 +17,8 @@ import pytest
 
 from camopd import promote
 from camopd.errors import StoreError, TrackingError
-from camopd.plan import Plan, checkpoint_uri
 from camopd.export import export_uri
+from camopd.plan import Plan, checkpoint_uri
 from camopd.promote import Release, obstacle, release_uri
 from camopd.store import Store, join
 from camopd.tracking import AliasAtStart, NullTracker, Tracker, Version, alias_snapshot, sync

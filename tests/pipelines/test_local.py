@@ -103,7 +103,7 @@ def test_keys_and_fields_are_both_understood():
 def test_what_the_run_form_lacks_is_refused():
     with pytest.raises(InputError, match="did you mean 'method_seed'"):
         run_form(["method_sed=1"])
-    with pytest.raises(InputError, match="promote.policy: the run form has no such field"):  # it has a switch
+    with pytest.raises(InputError, match=r"promote\.policy: the run form has no such field"):  # it has a switch
         run_form(["promote.policy=manual"])
 
 
