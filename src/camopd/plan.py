@@ -8,7 +8,7 @@
         rollout/ score-<branch>/ select/ train/      train/ is the checkpoint: a model folder with trainer state
         train-partial/ train-failure.json            while it is trained: what is kept of its updates, why they failed
     evaluation/<id>/             scores, samples, report.html, decision
-    release/<id>/                what promote did
+    release/<id>/                what promote did; model/ below it is what a registry version points to
     stop.json                    why the run stopped itself, if it did
     attempts/ cut-off/           which stages have begun and ended, and which attempts ended without a word
 """
