@@ -399,19 +399,46 @@ def test_one_decision_of_several_about_one_version(mlflow_server, model, open_re
 
 @pytest.mark.parametrize("where", ["registered-models/alias", "model-versions/set-tag", "delete-tag"])
 def test_an_answer_that_got_lost(where, mlflow_proxy: Proxy, model, finish, store) -> None:
-    for seed in range(2):
+    """Asked again, as the message says, it is rolled back once, however far the first attempt came."""
+    for seed in range(3):
         finish(seed, "auto")
     registry = open_tracker(mlflow_proxy.uri).registry(model)
     mlflow_proxy.mode, mlflow_proxy.where = "forgetful", where
-    if where == "delete-tag":  # all is done but to say that it is
+    if where == "delete-tag":  # all is done but to say that the turn is over
         rollback(model, registry, store, BEN)
     else:
-        with pytest.raises(TrackingError):
+        with pytest.raises(TrackingError, match="ask again with --to 2"):
             rollback(model, registry, store, BEN)
     mlflow_proxy.mode = "up"
-    if aliases(mlflow_proxy.uri, model) == {"champion": 2}:
-        rollback(model, registry, store, BEN)
-    assert aliases(mlflow_proxy.uri, model) == {"champion": 1}
+    if where != "delete-tag":
+        assert rollback(model, registry, store, BEN, to=2).before == 3
+    assert aliases(mlflow_proxy.uri, model) == {"champion": 2}
+    assert statuses(mlflow_proxy.uri, model) == {1: "promoted", 2: "promoted", 3: "rolled-back"}
+    assert told(model, registry)[3:] == [("rolled-back", 3, "Ben")]
+    with pytest.raises(RefusedError, match="points to version 2 already"):
+        rollback(model, registry, store, BEN, to=2)
+
+
+@pytest.mark.parametrize("where", ["registered-models/alias", "model-versions/set-tag"])
+def test_an_approval_whose_answer_got_lost_is_asked_for_again(where, mlflow_proxy: Proxy, model, finish, store) -> None:
+    finish(0)
+    registry = open_tracker(mlflow_proxy.uri).registry(model)
+    mlflow_proxy.mode, mlflow_proxy.where = "forgetful", where
+    with pytest.raises(TrackingError):
+        approve(model, registry, store, ANA)
+    mlflow_proxy.mode = "up"
+    assert approve(model, registry, store, ANA).now == 1
+    assert (aliases(mlflow_proxy.uri, model), statuses(mlflow_proxy.uri, model)) == ({"champion": 1}, {1: "promoted"})
+    assert [what for what, _, _ in told(model, registry)] == ["candidate", "approved"]
+
+
+def test_a_rollback_that_was_done_by_hand_is_written_down(mlflow_server, model, registry, finish, store) -> None:
+    for seed in range(2):
+        finish(seed, "auto")
+    client(mlflow_server).set_registered_model_alias(model, "champion", "1")
+    assert rollback(model, registry, store, BEN, to=1).before == 2
+    assert statuses(mlflow_server, model) == {1: "promoted", 2: "rolled-back"}
+    assert told(model, registry)[2:] == [("rolled-back", 2, "Ben")]
 
 
 # --- The command line -----------------------------------------------------------------------------------------------------

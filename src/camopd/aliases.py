@@ -62,7 +62,7 @@ def move(registry: Registry, wish: Move, obstacle: Obstacle, *, then: Then = lam
         if found != wish.version:
             return f"the alias {wish.alias} was moved to version {found} at the same time"
         about = wish.version if wish.about is None else wish.about
-        before = None if current == wish.version else current  # moved by an attempt that was cut off
+        before = wish.about if current == wish.version else current  # moved already, by an attempt that was cut off
         event = Event(now(versions), wish.what, about, wish.alias, before, wish.version, **vars(wish.actor))
         if current != wish.version or not _told(versions, event):
             registry.tag(about, event.tag())

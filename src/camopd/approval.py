@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from camopd.aliases import Move, damage, decided, is_ours, move, withdraw
 from camopd.errors import RefusedError
-from camopd.history import LEFT, STATUS, Actor, Event, Line, events, held_before, lines, now
+from camopd.history import LEFT, MOVES, STATUS, Actor, Event, Line, events, held_before, lines, now
 from camopd.store import Store
-from camopd.tracking import Registry, Version
+from camopd.tracking import OutageError, Registry, Version
 from camopd.tracking.turns import turn
 
 WAITING = ("candidate", "superseded-candidate", "superseded", "alias-unverified")  # passed the gate, and no alias took it
@@ -119,18 +119,19 @@ def rollback(
     Raises:
         RefusedError: there is none; its weights are damaged (the sentence names the next one whose are not); somebody else was
             faster.
-        TrackingError: the server did not answer, or refused.
+        TrackingError: the server did not answer, or refused. Asked again with ``to``, it does what is still to be done.
     """
     _check(actor)
     versions = _all(model, registry)
     current = registry.aliased(alias)
     if current is None:
-        raise RefusedError(f"{model} has no alias {alias}, so there is nothing to roll back")
+        raise RefusedError(f"{model} has no alias {alias}, so there is nothing to roll back; name another with --alias")
     earlier = held_before(versions, alias, current)
     if to is None and not earlier:
         raise RefusedError(f"no version held the alias {alias} of {model} before version {current}; name one with --to")
     chosen = _of(model, versions, earlier[0] if to is None else to)
-    if chosen.number == current:
+    left = current if chosen.number != current else _left_unsaid(versions, alias, current)
+    if left is None:
         raise RefusedError(f"the alias {alias} of {model} points to version {current} already")
     if is_ours(chosen) and chosen.number not in earlier and (status := chosen.tags.get(STATUS)) != "promoted":
         fix = "approve it, with --again where that was decided before"
@@ -142,13 +143,16 @@ def rollback(
         raise RefusedError(f"version {chosen.number} of {model} cannot be used: {'; '.join(wrong)}; {fix}")
 
     def then(versions: Sequence[Version]) -> None:
-        if any(version.number == current for version in versions):
-            registry.tag(current, {**decided(actor, now(versions)), STATUS: "rolled-back"})
+        registry.tag(left, {**decided(actor, now(versions)), STATUS: "rolled-back"})
 
-    wish = Move(alias, chosen.number, "rolled-back", actor, about=current)
-    if reason := move(registry, wish, lambda versions, found: _moved(alias, current, found, versions), then=then):
+    wish = Move(alias, chosen.number, "rolled-back", actor, about=left)
+    try:
+        reason = move(registry, wish, lambda versions, found: _moved(alias, current, found, versions), then=then)
+    except OutageError as error:  # the alias may have been moved: going back once more would be one version too far
+        raise OutageError(f"{error}; ask again with --to {chosen.number}") from None
+    if reason:
         raise RefusedError(f"{model} is not rolled back: {reason}")
-    return Decision(chosen, alias, current, chosen.number, _whole(chosen))
+    return Decision(chosen, alias, left, chosen.number, _whole(chosen))
 
 
 def history(model: str, registry: Registry) -> list[Line]:
@@ -223,6 +227,13 @@ def _moved(alias: str, start: int | None, current: int | None, versions: Sequenc
     last = next((e for e in reversed(events(versions)) if e.alias == alias and e.after == current), None)
     who = f" ({last.what} by {last.by}: {last.why})" if last else ""
     return f"the alias {alias} was moved from {_named(start)} to {_named(current)} meanwhile{who}; look at it and ask again"
+
+
+def _left_unsaid(versions: Sequence[Version], alias: str, current: int) -> int | None:
+    """The version that an alias has left for ``current`` without an event: by hand, or by an attempt that was cut off."""
+    moves = [event.after for event in events(versions) if event.what in MOVES and event.alias == alias]
+    known = [version.number for version in versions]
+    return moves[-1] if moves and moves[-1] != current and moves[-1] in known else None
 
 
 def _named(version: int | None) -> str:
