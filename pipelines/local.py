@@ -197,7 +197,7 @@ def recover(recipe: str, assignments: Sequence[str], console: Console, *, contai
         result = result_of(plan, store)
         console.print(f"Done in {clock(time.monotonic() - begun)}. Log: {folder / LOG}")
     assert result is not None, "the pipeline succeeded and left no evaluation"
-    print_result(result, plan, console)
+    print_result(result, plan, console, store)
     console.print("Next:")
     for command, purpose in next_commands(recipe, plan.recipe.seed, tracking_uri).items():
         console.print(f"  {command}\n      {purpose}")

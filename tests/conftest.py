@@ -4,7 +4,12 @@ import os
 
 from hypothesis import settings
 
-pytest_plugins = ["tests.fixtures.s3", "tests.fixtures.mlflow_server", "tests.fixtures.kubernetes_api"]
+pytest_plugins = [
+    "tests.fixtures.s3",
+    "tests.fixtures.mlflow_server",
+    "tests.fixtures.kubernetes_api",
+    "tests.fixtures.webhook",
+]
 
 # On CI the same examples every time, so that red means the change; at home new ones, which is how new cases are found.
 settings.register_profile("ci", derandomize=True, deadline=None)

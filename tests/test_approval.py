@@ -25,6 +25,7 @@ from camopd.store import Store
 from camopd.tracking import Registry
 from tests.finished import make_plan
 from tests.fixtures.mlflow_server import Proxy
+from tests.fixtures.webhook import Webhook
 from tests.registered import aliases, client, make_ready, open_tracker, statuses, versions
 
 pytestmark = pytest.mark.slow
@@ -439,6 +440,23 @@ def test_a_rollback_that_was_done_by_hand_is_written_down(mlflow_server, model, 
     assert rollback(model, registry, store, BEN, to=1).before == 2
     assert statuses(mlflow_server, model) == {1: "promoted", 2: "rolled-back"}
     assert told(model, registry)[2:] == [("rolled-back", 2, "Ben")]
+
+
+def test_the_webhook_is_told_and_may_be_dead(webhook: Webhook, mlflow_server, model, registry, finish, store) -> None:
+    for seed in range(2):
+        finish(seed)
+        approve(model, registry, store, ANA)
+    rollback(model, registry, store, BEN)
+    finish(2)
+    webhook.answers.append(500)
+    webhook.answers.append(500)
+    reject(model, registry, BEN)
+    told = [(sent["status"], sent["version"]) for sent in webhook.sent[:4]]
+    assert told == [("approved", 1), ("approved", 2), ("rolled-back", 1), ("rejected", 3)]
+    assert webhook.sent[2]["text"].startswith(f"camopd: {model} was rolled back from version 2 to 1\n")
+    assert "complaints since Monday (Ben)" in webhook.sent[2]["text"]
+    assert webhook.sent[0]["report"].endswith("report.html")
+    assert statuses(mlflow_server, model) == {1: "promoted", 2: "rolled-back", 3: "rejected"}
 
 
 # --- The command line -----------------------------------------------------------------------------------------------------

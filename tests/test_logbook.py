@@ -104,7 +104,7 @@ def test_entries_follow_the_store(tmp_path: Path) -> None:
     make_round(plan, store, 2)
     assert keys() == ["settings", "plan", "round-0001", "round-0002"]
     make_evaluation(plan, store)
-    assert keys() == ["settings", "plan", "round-0001", "round-0002", "evaluation"]
+    assert keys() == ["settings", "plan", "round-0001", "round-0002", "evaluation", "ledger"]
 
 
 def test_a_round_tells_steps_and_stages(tmp_path: Path) -> None:

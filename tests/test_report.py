@@ -12,6 +12,7 @@ from camopd.evaluation import gradients, report
 from camopd.evaluation.charts import Point, lines
 from camopd.evaluation.harness import Answer
 from camopd.evaluation.report import Round
+from camopd.ledger import Line
 from camopd.store import Store
 from tests import finished
 from tests.evaluation import EVIL, make_answers, make_plan, settings
@@ -35,6 +36,11 @@ SELECTED = {
     "mean_length_dropped": 5.0,
     "mean_score": 0.1,
 }
+BOOKS = [
+    Line("rollout", 6.0, 12.0, 1.5, 3.0, 0.25, 1200, 400.0, 2_500_000),
+    Line("train", 18.0, 0.0, 0.0, 0.0, 0.0, 300, 20.0, 750),
+    Line("total", 24.0, 12.0, 1.5, 3.0, 0.0625, None, None, 2_500_750),
+]
 
 
 class Page(HTMLParser):
@@ -58,7 +64,6 @@ def make_rounds(count=3, names=("general", "domain")):
         Round(
             number=number,
             content_id=f"sha256:{number}",
-            seconds={"rollout": 2.0, "score": 1.0, "select": 0.5, "train": 4.5},
             steps=[
                 {"step": 4 * number + i, "loss": -0.1, "grad_norm": 1.0, "branches": {name: NUMBERS}}
                 for i, name in enumerate(names)
@@ -82,9 +87,7 @@ def page(*, plan=None, answers=None, rounds=None, **models):
         ),
     ]
     evaluation = json.loads(json.dumps(summarise(answers, contestants, plan, settings(plan)), allow_nan=False))
-    return report.render(
-        evaluation, plan, make_rounds() if rounds is None else rounds, sample_rows(answers), seconds={"prepare": 1.0}
-    )
+    return report.render(evaluation, plan, make_rounds() if rounds is None else rounds, sample_rows(answers), books=BOOKS)
 
 
 def test_loads_and_runs_nothing():
@@ -119,7 +122,7 @@ def test_everything_is_there_and_accessible():
         "How it went",
         "What was selected",
         "Sample answers",
-        "Time by stage",
+        "Time and cost by stage",
         "Settings",
         "Content ids",
     ):
@@ -150,7 +153,7 @@ def test_absent_and_infinite_metrics_of_steps_are_left_out():
     of_general = [{}, {"gap": None}, {"gap": 0.5}, {"gap": float("inf")}]
     steps = [{"step": step, "branches": {"general": numbers}} for step, numbers in enumerate(of_general)]
     assert report.step_series(steps, "gap", ["general", "domain"]) == {"general": [Point(2, 0.5)], "domain": []}
-    assert Page(page(rounds=[Round(1, "sha256:1", {}, steps, {})])).tags.count("svg") == 3
+    assert Page(page(rounds=[Round(1, "sha256:1", steps, {})])).tags.count("svg") == 3
 
 
 def test_a_step_of_two_branches_gives_a_point_to_each():
@@ -206,7 +209,7 @@ def test_rounds_are_read_as_far_as_they_are_there(tmp_path):
     for name in ("rollout", "score-general", "score-domain", "select"):  # a recovery in one process
         shutil.rmtree(tmp_path / plan.run_uri / "rounds" / "0001" / name)
     (done,) = report.read_rounds(plan, store)
-    assert set(done.seconds) == {"train"}
+    assert done.number == 1
     (row,) = report.selection_table([done])
     assert (row["num_samples"], row["num_kept"], row["share"], row["kept_mass"]) == (16, 6, 0.375, None)
 
@@ -253,7 +256,7 @@ def test_selection_is_weighted_by_samples():
         "mean_length_dropped": None,
         "kept_mass": 0.8,
     }
-    rounds = [Round(i, "", {}, [], {"general": part}) for i, part in enumerate((first, second), 1)]
+    rounds = [Round(i, "", [], {"general": part}) for i, part in enumerate((first, second), 1)]
     (row,) = report.selection_table(rounds)
     assert (row["num_samples"], row["num_kept"], row["share"]) == (40, 32, 0.8)
     assert row["kept_mass"] == pytest.approx((10 * 1.0 + 30 * 0.8) / 40)
@@ -261,15 +264,12 @@ def test_selection_is_weighted_by_samples():
     assert row["length_dropped"] == 4.0  # the second round dropped nothing
 
 
-def test_times_add_up_over_rounds_in_the_order_of_stages():
-    assert report.times(make_rounds(2), {"evaluate": 3.0, "prepare": 1.0}) == [
-        ("prepare", 1.0, 0.05),
-        ("rollout", 4.0, 0.2),
-        ("score", 2.0, 0.1),
-        ("select", 1.0, 0.05),
-        ("train", 9.0, 0.45),
-        ("evaluate", 3.0, 0.15),
-    ]
+def test_what_it_took_is_a_table():
+    parsed = Page(page())
+    text = " ".join(" ".join(parsed.text).split())
+    assert "rollout 6.0 s 25 % 12.0 s 1,200 400 2.5 MB 25 % 1.5 s" in text
+    assert "train 18.0 s 75 % none 300 20 750 B 0 %" in text
+    assert "total 24.0 s 12.0 s 2.5 MB 6 % 1.5 s" in text
 
 
 def test_how_numbers_look():
@@ -277,6 +277,7 @@ def test_how_numbers_look():
     assert report.number(0.45, sign="+") == "+0.450"
     assert report.number(None) == report.number(float("nan")) == "n/a"
     assert [report.duration(s) for s in (0.44, 59.9, 250.4, 11_100)] == ["0.4 s", "59.9 s", "4 min 10 s", "3 h 05 min"]
+    assert [report.size(n) for n in (0, 812, 3_400_000, 1_200_000_000_000)] == ["0 B", "812 B", "3.4 MB", "1.2 TB"]
     assert report.bounded({"value": 0.72, "low": 0.64, "high": 0.79}) == "72.0 %"
     assert report.bounded({"value": 1.73, "low": None, "high": None}) == "an unknown share"
     assert report.shorten("x" * 700, 3) == "xxx … (700 characters)"

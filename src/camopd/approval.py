@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from camopd.aliases import Move, damage, decided, is_ours, move, withdraw
 from camopd.errors import RefusedError
 from camopd.history import LEFT, MOVES, STATUS, Actor, Event, Line, events, held_before, lines, now
+from camopd.notify import Message, Status, send
 from camopd.store import Store
 from camopd.tracking import OutageError, Registry, Version
 from camopd.tracking.turns import turn
@@ -75,6 +76,7 @@ def approve(
 
     if reason := move(registry, Move(alias, chosen.number, "approved", actor), obstacle, then=then):
         raise RefusedError(f"version {chosen.number} of {model} is not approved: {reason}")
+    _tell("approved", f"version {chosen.number} was approved", model, chosen, alias, actor)
     return Decision(chosen, alias, start, chosen.number, _whole(chosen))
 
 
@@ -99,6 +101,7 @@ def reject(model: str, registry: Registry, actor: Actor, *, version: int | None 
         event = Event(now(versions), "rejected", chosen.number, alias, **vars(actor))
         registry.tag(chosen.number, {**event.tag(), **decided(actor, event.at), STATUS: "rejected"})
         withdraw(registry, chosen)
+    _tell("rejected", f"version {chosen.number} was rejected", model, chosen, alias, actor)
     return Decision(chosen, alias, chosen.number, None)
 
 
@@ -152,7 +155,24 @@ def rollback(
         raise OutageError(f"{error}; ask again with --to {chosen.number}") from None
     if reason:
         raise RefusedError(f"{model} is not rolled back: {reason}")
+    _tell("rolled-back", f"was rolled back from version {left} to {chosen.number}", model, chosen, alias, actor)
     return Decision(chosen, alias, left, chosen.number, _whole(chosen))
+
+
+def _tell(status: Status, headline: str, model: str, version: Version, alias: str, actor: Actor) -> None:
+    """Tell the webhook, if there is one; that never fails what was done."""
+    message = Message(
+        status,
+        headline,
+        run=model,
+        run_uri=version.tags.get("camopd.run_uri", ""),
+        report=version.tags.get("camopd.report", ""),
+        model=model,
+        version=version.number,
+        alias=alias,
+        reason=f"{actor.why} ({actor.by})",
+    )
+    send(message)
 
 
 def history(model: str, registry: Registry) -> list[Line]:

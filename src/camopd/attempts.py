@@ -46,8 +46,16 @@ def cut_off_uri(run_uri: str) -> str:
     return join(run_uri, "cut-off")
 
 
-def begin_attempt(run_uri: str, stage: str, output_uri: str, store: Store) -> None:
-    """Write down that a stage begins; when the attempt before it has left no end, say so and keep it in the run's records."""
+def failed_uri(run_uri: str) -> str:
+    """Prefix of a record for each attempt that ended, with a word, before its stage was done: the ledger counts its time."""
+    return join(run_uri, "failed")
+
+
+def begin_attempt(run_uri: str, stage: str, output_uri: str, store: Store) -> float:
+    """Write down that a stage begins; when the attempt before it has left no end, say so and keep it in the run's records.
+
+    Returns when it was, in seconds since 1970.
+    """
     uri = attempt_uri(run_uri, output_uri)
     before = _read(uri, store)
     if before.get("state") == "begun":
@@ -59,14 +67,31 @@ def begin_attempt(run_uri: str, stage: str, output_uri: str, store: Store) -> No
         )
         name = uri.rpartition("/")[2].removesuffix(".json")
         store.write(join(cut_off_uri(run_uri), f"{name}-{before['time']:.0f}.json"), json.dumps(before, indent=1).encode())
-    record = {"stage": stage, "output": output_uri, "state": "begun", "time": time.time()}
+    begun = time.time()
+    record = {"stage": stage, "output": output_uri, "state": "begun", "time": begun}
     store.write(uri, json.dumps(record, indent=1).encode())
+    return begun
 
 
-def end_attempt(run_uri: str, stage: str, output_uri: str, store: Store) -> None:
-    """Write down that a stage has ended, well or not."""
-    record = {"stage": stage, "output": output_uri, "state": "ended", "time": time.time()}
-    store.write(attempt_uri(run_uri, output_uri), json.dumps(record, indent=1).encode())
+def end_attempt(run_uri: str, stage: str, output_uri: str, store: Store, *, begun: float) -> None:
+    """Write down that a stage that began at ``begun`` has ended, and keep the time of one that is not done."""
+    now = time.time()
+    record: dict[str, Any] = {"stage": stage, "output": output_uri, "state": "ended", "time": now}
+    uri = attempt_uri(run_uri, output_uri)
+    store.write(uri, json.dumps(record, indent=1).encode())
+    if store.manifest(output_uri) is None:
+        record |= {"begun": begun, "seconds": round(now - begun, 3)}
+        name = uri.rpartition("/")[2].removesuffix(".json")
+        store.write(join(failed_uri(run_uri), f"{name}-{begun:.3f}.json"), json.dumps(record, indent=1).encode())
+
+
+def failed_seconds(run_uri: str, store: Store) -> dict[str, float]:
+    """Seconds of attempts that failed and left a word, by the prefix that they were to write."""
+    found: dict[str, float] = {}
+    for file in store.list(failed_uri(run_uri)):
+        record = _read(join(failed_uri(run_uri), file.name), store)
+        found[record["output"]] = found.get(record["output"], 0.0) + record["seconds"]
+    return found
 
 
 def remedy(stage: str) -> str:
@@ -100,14 +125,13 @@ def attempt(run_uri: str, stage: str, output_uri: str, store: Store) -> Iterator
     """The records around a stage that is not finished yet, and SIGTERM heeded while it is at work."""
     told = store.manifest(output_uri) is None
     with heeding_sigterm():
-        if told:
-            begin_attempt(run_uri, stage, output_uri, store)
+        begun = begin_attempt(run_uri, stage, output_uri, store) if told else 0.0
         try:
             yield
         finally:
             if told:
                 with contextlib.suppress(CamopdError, OSError):  # what fails may be the store itself
-                    end_attempt(run_uri, stage, output_uri, store)
+                    end_attempt(run_uri, stage, output_uri, store, begun=begun)
 
 
 # --- SIGTERM --------------------------------------------------------------------------------------------------------------

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 from camopd import plan as layout
 from camopd.errors import InputError, Problem, UnhealthyRunError
 from camopd.gate import decide
+from camopd.ledger import Line, Part, ledger, parts_of
+from camopd.past import known, require_files
 from camopd.plan import Plan
 from camopd.progress import Progress
 from camopd.recipe.served import is_served
 from camopd.records import write_table
 from camopd.rounds import stop_reason
-from camopd.runtime import set_threads
+from camopd.runtime import accelerators, set_threads
 from camopd.store import Manifest, Store, digest, join
 
 if TYPE_CHECKING:
@@ -72,19 +74,22 @@ def curve_rounds(num_rounds: int, points: int) -> list[int]:
 def contestants(plan: Plan, store: Store) -> list[Contestant]:
     """Before, after, each teacher that is another model, and some rounds in between; each model once.
 
+    Of a run that `camopd gc` has been to, a finished evaluation is still the one of all these models; a new one does without
+    the rounds in between that are gone.
+
     Raises:
         UnhealthyRunError: the run stopped itself, so there is no last checkpoint.
         StoreError: the last round has not been trained.
     """
     last = plan.recipe.num_rounds
-    if store.manifest(plan.student_uri(last + 1)) is None:
+    if known(plan.student_uri(last + 1), store) is None:
         reason = stop_reason(plan.run_uri, store=store)
         if reason is not None:
             raise UnhealthyRunError(f"there is no last checkpoint to evaluate: the run stopped itself in {reason}")
 
     def checkpoint(key: str, label: str, number: int) -> Contestant:
         uri = plan.student_uri(number + 1)
-        return Contestant(key, label, uri, store.require(uri).content_id, number)
+        return Contestant(key, label, uri, (known(uri, store) or store.require(uri)).content_id, number)
 
     found = [
         Contestant(BEFORE, "domain model before", plan.recipe.student, plan.content_ids["student"], 0),
@@ -95,8 +100,13 @@ def contestants(plan: Plan, store: Store) -> list[Contestant]:
         if teacher not in [known.content_id for known in found]:
             key, label = f"teacher-{branch.name}", f"{branch.name} teacher"
             found.append(Contestant(key, label, plan.teacher_uri(branch), teacher))
-    between = curve_rounds(last, plan.recipe.evaluate.curve_points)
-    return found + [checkpoint(f"round-{number:04d}", f"after round {number}", number) for number in between]
+    between = [
+        checkpoint(f"round-{n:04d}", f"after round {n}", n) for n in curve_rounds(last, plan.recipe.evaluate.curve_points)
+    ]
+    left = [model for model in between if store.manifest(model.uri) is not None]
+    if len(left) < len(between) and store.manifest(_place(plan, *_identity(plan, [*found, *between], store))) is None:
+        between = left
+    return found + between
 
 
 def teachers(plan: Plan, models: Iterable[Contestant]) -> dict[str, str]:
@@ -319,6 +329,13 @@ def answer_all(plan: Plan, models: list[Contestant], store: Store) -> tuple[Answ
         return answers, harness.settings()
 
 
+def _books(plan: Plan, store: Store, seconds: float) -> list[Line]:
+    """What the run has taken until now, and this evaluation so far, which has no manifest yet; nothing where some is gone."""
+    so_far = Manifest("evaluate", "", (), seconds=seconds, resources=accelerators("evaluate"))
+    parts = parts_of(plan, store)
+    return ledger([*parts, Part("evaluate", so_far)]) if parts is not None else []
+
+
 def run(run_uri: str, *, store: Store | None = None) -> Manifest:
     """Evaluate a trained run: ``evaluation.json``, ``samples.parquet`` and ``report.html`` under ``evaluation/<id>/``.
 
@@ -340,6 +357,8 @@ def run(run_uri: str, *, store: Store | None = None) -> Manifest:
         )
     models = contestants(plan, store)
     config, inputs = _identity(plan, models, store)
+    if store.manifest(_place(plan, config, inputs)) is None:
+        require_files(plan.student_uri(plan.recipe.num_rounds + 1), store)
 
     def write(folder: Path) -> dict[str, float]:
         from camopd.evaluation import report
@@ -354,8 +373,7 @@ def run(run_uri: str, *, store: Store | None = None) -> Manifest:
         record = json.dumps(evaluation, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
         (folder / EVALUATION).write_text(record + "\n", encoding="utf-8")
         rounds = report.read_rounds(plan, store)
-        seconds = {"prepare": store.require(layout.plan_uri(run_uri)).seconds, "evaluate": time.monotonic() - begun}
-        page = report.render(evaluation, plan, rounds, rows, seconds=seconds)
+        page = report.render(evaluation, plan, rounds, rows, books=_books(plan, store, time.monotonic() - begun))
         (folder / REPORT).write_text(page, encoding="utf-8")
         return evaluation["headline"]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from camopd import plan as layout
 from camopd.evaluate import EVALUATION, REPORT, evaluation_uri, headline_table
+from camopd.past import require_files
 from camopd.plan import STEPS, TRAINER, Plan, is_companion, training_config
 from camopd.store import Copies, Manifest, Store, digest, join
 from camopd.tracking import logbook
@@ -49,7 +50,7 @@ def export(plan: Plan, release_uri: str, store: Store) -> Manifest:
     """
     checkpoint = layout.checkpoint_uri(plan.rounds[-1])
     evaluated = evaluation_uri(plan, store)
-    trained = store.require(checkpoint)
+    trained = require_files(checkpoint, store)
     is_adapter = plan.recipe.train.lora is not None and plan.recipe.train.lora.output == "adapter"
     names = released((file.name for file in trained.files), is_adapter=is_adapter)
     inputs = {"checkpoint": trained.content_id, "evaluation": store.require(evaluated).content_id}

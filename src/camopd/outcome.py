@@ -19,10 +19,12 @@ from camopd.attempts import TERMINATED, attempt, cut_offs, heeding_sigterm, reme
 from camopd.config import load_recipe
 from camopd.errors import CamopdError, UnhealthyRunError
 from camopd.evaluate import EVALUATION, REPORT, evaluation_uri, headline_table
+from camopd.ledger import Part, in_words, ledger, parts_of
+from camopd.past import known
 from camopd.plan import Plan
 from camopd.promote import release_uri
 from camopd.rounds import record_stop, stop_reason
-from camopd.store import Store, join
+from camopd.store import Store, join, parent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,15 +63,18 @@ class Recorded(contextlib.AbstractContextManager[None]):
     def _record(self, error: BaseException | None) -> None:
         if error is None:
             return
-        # An unexpected error's text may quote data, so that only our own sentences are kept.
-        reason = str(error) if isinstance(error, CamopdError) else f"{type(error).__name__}, see the log of this step"
-        if isinstance(error, SystemExit) and error.code == TERMINATED:
-            reason = "ended by SIGTERM, as when a pod is evicted or a run is stopped"
-        record = {"stage": self._stage, "output": self._output_uri, "reason": reason, "time": time.time()}
+        record = {"stage": self._stage, "output": self._output_uri, "reason": reason_of(error), "time": time.time()}
         with contextlib.suppress(CamopdError, OSError):  # what fails may be the store itself
             self._store.write(error_uri(self._run_uri), json.dumps(record, indent=1, ensure_ascii=False).encode())
         if isinstance(error, UnhealthyRunError) and self._round_number:
             record_stop(self._run_uri, stage=self._stage, round_number=self._round_number, reason=str(error), store=self._store)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something failed, in words fit to be kept: an unexpected error's text may quote data, so only our own sentences."""
+    if isinstance(error, SystemExit) and error.code == TERMINATED:
+        return "ended by SIGTERM, as when a pod is evicted or a run is stopped"
+    return str(error) if isinstance(error, CamopdError) else f"{type(error).__name__}, see the log of this step"
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Result:
 
 def result_of(plan: Plan, store: Store) -> Result | None:
     """The result of a run whose every stage is done for the recipe as it is now, else None."""
-    if store.manifest(layout.checkpoint_uri(plan.rounds[-1])) is None:
+    if known(layout.checkpoint_uri(plan.rounds[-1]), store) is None:
         return None
     uri = evaluation_uri(plan, store)
     if store.manifest(uri) is None:
@@ -111,8 +116,8 @@ def registered(release: Mapping[str, Any] | None) -> str:
     return f"{sentence}; {release['reasons'][0]}" if release["status"] == "candidate" else sentence
 
 
-def print_result(result: Result, plan: Plan, console: Console) -> None:
-    """The table of scores and shares, the gate's decision, and where everything lies."""
+def print_result(result: Result, plan: Plan, console: Console, store: Store) -> None:
+    """The table of scores and shares, the gate's decision, where everything lies, and what it took."""
     from rich.table import Table
 
     header, *rows = headline_table(result.evaluation)
@@ -127,6 +132,9 @@ def print_result(result: Result, plan: Plan, console: Console) -> None:
     console.print(f"Run:      {plan.run_uri}")
     console.print(f"Report:   {result.report}")
     console.print(f"Registry: {registered(result.release)}")
+    if parts := parts_of(plan, store):
+        evaluated = Part("evaluate", store.require(parent(result.report)))
+        console.print(f"Took:     {in_words(ledger([*parts, evaluated])[-1])}")
 
 
 def error_uri(run_uri: str) -> str:
@@ -156,8 +164,36 @@ def job_record(recipe: str, output_uri: str, job: str, *, store: Store) -> Itera
                 store.write(job_uri(recipe, output_uri, job), json.dumps(record, indent=1, ensure_ascii=False).encode())
 
 
-def describe_job(recipe: str, output_uri: str, job: str, *, succeeded: bool, store: Store) -> str:
-    """Markdown on the pipeline run ``job``, also when ``prepare`` failed and there is no run folder.
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended or where it stands.
+
+    Attributes:
+        title: ``finished``, ``failed in train``, ...: goes on from "The recovery".
+        lines: what there is to say, by name; ``Reason`` and ``Next`` among them.
+        succeeded: whether every stage did its work.
+        run_uri: the run's prefix; empty when there is none, since ``prepare`` failed.
+        place: prefix that takes the record that it was told; the run's own, else what there is instead.
+        moment: when it failed, in seconds since 1970, as far as the run's records tell: a later failure is another one.
+        result: of a run whose every stage is done.
+    """
+
+    title: str
+    lines: Mapping[str, str]
+    succeeded: bool
+    run_uri: str = ""
+    place: str = ""
+    moment: float = 0.0
+    result: Result | None = None
+
+    def page(self) -> str:
+        """Markdown."""
+        said = [f"## The recovery {self.title}", *(f"**{name}:** {text}" for name, text in self.lines.items())]
+        return "\n\n".join(said) + "\n"
+
+
+def ending_of_job(recipe: str, output_uri: str, job: str, *, succeeded: bool, store: Store) -> Ending:
+    """How the pipeline run ``job`` ended, also when ``prepare`` failed and there is no run folder.
 
     Args:
         recipe: as given to the run form.
@@ -166,18 +202,26 @@ def describe_job(recipe: str, output_uri: str, job: str, *, succeeded: bool, sto
         succeeded: whether all its tasks did.
         store: where the records lie.
     """
+    place = ""
     try:
+        place = parent(job_uri(recipe, output_uri, job))
         record = _read(job_uri(recipe, output_uri, job), store)
     except CamopdError as error:
         record = {"reason": str(error)}
     if "run" in record:
-        return describe(record["run"], succeeded=succeeded, store=store)
+        return ending_of(record["run"], succeeded=succeeded, store=store)
     reason = record.get("reason", "prepare left no word; read the log of its task")
-    return _page("failed in prepare", {"Reason": reason, "Next": "Mend what is named and start it again; nothing was spent."})
+    lines = {"Reason": reason, "Next": "Mend what is named and start it again; nothing was spent."}
+    return Ending("failed in prepare", lines, succeeded=False, place=place)
 
 
 def describe(run_uri: str, *, succeeded: bool, store: Store) -> str:
     """Markdown on a run: how it ended, where it stands, and what to do next."""
+    return ending_of(run_uri, succeeded=succeeded, store=store).page()
+
+
+def ending_of(run_uri: str, *, succeeded: bool, store: Store) -> Ending:
+    """How a run ended, where it stands, and what to do next."""
     plan = Plan.load(store, run_uri)
     lines = {"Run": f"`{run_uri}`", "Rounds finished": f"{_rounds_finished(plan, store)} of {plan.recipe.num_rounds}"}
     if silent := cut_offs(run_uri, store):
@@ -186,36 +230,33 @@ def describe(run_uri: str, *, succeeded: bool, store: Store) -> str:
     stopped = stop_reason(run_uri, store=store)
     if stopped is not None:
         fix = f"Change the setting that the reason names; to try again as it is, remove `{layout.stop_uri(run_uri)}`."
-        return _page("stopped itself", lines | {"Reason": stopped, "Next": fix})
+        return Ending("stopped itself", lines | {"Reason": stopped, "Next": fix}, succeeded=False, run_uri=run_uri)
     if succeeded:
-        return _page("finished", lines | _conclusion(plan, store))
+        found = result_of(plan, store)
+        lines |= _conclusion(found) if found else {}
+        return Ending("finished", lines, succeeded=True, run_uri=run_uri, result=found)
     record = _read(error_uri(run_uri), store)
     if record and store.manifest(record["output"]) is None:
         lines |= {"Where": f"`{record['output']}`", "Reason": record["reason"], "Next": f"Mend what the reason names. {AGAIN}"}
-        return _page(f"failed in {record['stage']}", lines)
+        title, moment = f"failed in {record['stage']}", float(record["time"])
+        return Ending(title, lines, succeeded=False, run_uri=run_uri, moment=moment)
     for output, stage in silent_stages(run_uri, store).items():
         reason = f"{stage} began and left no word, as when it is killed (exit 137, often for lack of memory)"
         lines |= {"Where": f"`{output}`", "Reason": reason, "Next": f"{AGAIN} Where it happens again, {remedy(stage)}."}
-        return _page(f"was cut off in {stage}", lines)
-    return _page("was cut off", lines | {"Reason": "no stage left word: killed, evicted or out of memory", "Next": AGAIN})
+        return Ending(f"was cut off in {stage}", lines, succeeded=False, run_uri=run_uri)
+    lines |= {"Reason": "no stage left word: killed, evicted or out of memory", "Next": AGAIN}
+    return Ending("was cut off", lines, succeeded=False, run_uri=run_uri)
 
 
-def _conclusion(plan: Plan, store: Store) -> dict[str, str]:
-    found = result_of(plan, store)
-    if found is None:
-        return {}
+def _conclusion(found: Result) -> dict[str, str]:
     verdict = "passed" if found.evaluation["decision"]["passed"] else "not passed"
     reasons = "; ".join(found.evaluation["decision"]["reasons"])
     return {"Gate": f"{verdict} ({reasons})", "Report": f"`{found.report}`", "Registry": registered(found.release)}
 
 
 def _rounds_finished(plan: Plan, store: Store) -> int:
-    return sum(store.manifest(layout.checkpoint_uri(uri)) is not None for uri in plan.rounds)
+    return sum(known(layout.checkpoint_uri(uri), store) is not None for uri in plan.rounds)
 
 
 def _read(uri: str, store: Store) -> dict[str, str]:
     return json.loads(store.read(uri)) if store.stat(uri) is not None else {}
-
-
-def _page(title: str, lines: dict[str, str]) -> str:
-    return "\n\n".join([f"## The recovery {title}", *(f"**{name}:** {text}" for name, text in lines.items())]) + "\n"

@@ -18,6 +18,7 @@ from camopd.errors import DamagedError, MissingError, TrackingError
 from camopd.evaluate import EVALUATION, REPORT, evaluation_uri
 from camopd.export import export, export_uri
 from camopd.history import CONTENT_ID, EXPORT_ID, LEFT, STATUS, URI, Actor, Event, now
+from camopd.past import known
 from camopd.plan import Plan, checkpoint_uri, training_config
 from camopd.store import Store, digest, join
 from camopd.tracking import AliasAtStart, OutageError, Registry, Tracker, Version, alias_at_start, logbook
@@ -85,8 +86,8 @@ def run(run_uri: str, *, store: Store, tracker: Tracker, seconds: float = PROMOT
     weights = checkpoint_uri(plan.rounds[-1])
     wanted = plan.recipe.promote
     alias = wanted.candidate_alias if wanted.policy == "manual" else wanted.alias
-    content_id = store.require(weights).content_id
-    blank = Release("disabled", wanted.model_name, None, alias, logbook.absolute(weights), content_id)
+    trained = known(weights, store) or store.require(weights)
+    blank = Release("disabled", wanted.model_name, None, alias, logbook.absolute(weights), trained.content_id)
 
     registry = tracker.registry(wanted.model_name)
     if not result["decision"]["passed"]:

@@ -31,6 +31,7 @@ from camopd.adapters import Weights
 from camopd.engines import Engine, check_installed
 from camopd.engines.shared import engines_over
 from camopd.engines.transformers import TransformersEngine, load_model
+from camopd.past import known
 from camopd.plan import Plan
 from camopd.progress import Progress
 from camopd.runtime import set_threads
@@ -198,7 +199,8 @@ class Session:
                 sampled += batch
                 gaps = ", ".join(f"{name} {own['gap']:.3f}" for name, own in record["branches"].items())
                 progress.advance(1, tokens=record["tokens"], note=f"gap {gaps}")
-            first = store.require(layout.checkpoint_uri(plan.rounds[0])).metrics if number > 1 else {}
+            begun_with = layout.checkpoint_uri(plan.rounds[0])
+            first = (known(begun_with, store) or store.require(begun_with)).metrics if number > 1 else {}
             numbers = rollout.health(sampled, plan, first) | self.trainer.save(folder, store)
             return numbers | {"tokens_per_second": numbers["tokens"] / (time.monotonic() - begun)}
 

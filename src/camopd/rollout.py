@@ -14,6 +14,7 @@ from camopd.config import Recipe
 from camopd.engines import Engine, Sample, import_engine, sample_batches
 from camopd.engines.shared import open_engines
 from camopd.errors import UnhealthyRunError
+from camopd.past import known
 from camopd.plan import Plan
 from camopd.progress import Progress
 from camopd.recipe.served import is_served
@@ -328,7 +329,7 @@ def _inputs(plan: Plan, number: int, store: Store) -> dict[str, str]:
 def _first(plan: Plan, number: int, store: Store) -> Mapping[str, Any]:
     """Round 1's headline numbers, which later ones are compared with; empty in round 1."""
     first = layout.rollout_uri(layout.round_uri(plan.run_uri, 1))
-    return store.require(first).metrics if number > 1 else {}
+    return (known(first, store) or store.require(first)).metrics if number > 1 else {}
 
 
 def models(plan: Plan, number: int) -> dict[str, list[str]]:

@@ -7,12 +7,13 @@ from typing import Literal
 
 from camopd import plan as layout
 from camopd.errors import StoreError
+from camopd.past import known, require_files
 from camopd.plan import Plan
 from camopd.store import Store
 
 
 def begin(round_uri: str, *, store: Store | None = None) -> Literal["go", "done", "stop"]:
-    """``done`` when the round has its checkpoint, ``stop`` when the run has stopped itself, else ``go``.
+    """``done`` when the round has its checkpoint or had it, ``stop`` when the run has stopped itself, else ``go``.
 
     Raises:
         StoreError: the plan or the round before is missing: starting here would skip updates.
@@ -20,13 +21,15 @@ def begin(round_uri: str, *, store: Store | None = None) -> Literal["go", "done"
     store = store or Store()
     run_uri, number = layout.run_and_round(round_uri)
     store.require(layout.plan_uri(run_uri))
-    if store.manifest(layout.checkpoint_uri(round_uri)) is not None:
+    if known(layout.checkpoint_uri(round_uri), store) is not None:
         return "done"
     if stop_reason(run_uri, store=store) is not None:
         return "stop"
     before = layout.checkpoint_uri(layout.round_uri(run_uri, number - 1))
-    if number > 1 and store.manifest(before) is None:
+    if number > 1 and known(before, store) is None:
         raise StoreError(f"round {number} cannot start: round {number - 1} has no checkpoint at {before}; run it first")
+    if number > 1:
+        require_files(before, store)
     return "go"
 
 
@@ -42,7 +45,7 @@ def begin_turn(round_uri: str, *, store: Store | None = None) -> Literal["go", "
     store = store or Store()
     run_uri, _ = layout.run_and_round(round_uri)
     recipe = Plan.load(store, run_uri).recipe
-    if recipe.execution == "staged" or store.manifest(layout.checkpoint_uri(round_uri)) is not None:
+    if recipe.execution == "staged" or known(layout.checkpoint_uri(round_uri), store) is not None:
         state = begin(round_uri, store=store)
         return "shards" if state == "go" and recipe.shards > 1 else state
     return "stop" if stop_reason(run_uri, store=store) is not None else "colocated"

@@ -157,10 +157,21 @@ def rates(tokens: int, engine_seconds: float) -> dict[str, float]:
 
 
 def joined_rates(tokens: int, parts: Iterable[Manifest]) -> dict[str, float]:
-    """The same of all shards. Seconds are added up, so that rate and share of waiting are those of one pod."""
+    """The same of all shards. Seconds are added up, so that rate and share of waiting are those of one pod.
+
+    ``shard_seconds``, ``shard_gpu_seconds``, ``shard_seconds_waited`` and ``shard_bytes`` are what all of them took, for the
+    ledger: the shards themselves may be gone by then.
+    """
     parts = list(parts)
-    shares = waiting_share(sum(part.seconds for part in parts), sum(part.seconds_waited for part in parts))
-    return {"num_shards": len(parts), **shares, **rates(tokens, sum(part.metrics["engine_seconds"] for part in parts))}
+    seconds, waited = sum(part.seconds for part in parts), sum(part.seconds_waited for part in parts)
+    spent = {
+        "shard_seconds": round(seconds, 3),
+        "shard_seconds_waited": round(waited, 3),
+        "shard_gpu_seconds": round(sum(part.seconds * part.resources.get("count", 0) for part in parts), 3),
+        "shard_bytes": sum(file.size for part in parts for file in part.files),
+    }
+    engine = sum(part.metrics["engine_seconds"] for part in parts)
+    return {"num_shards": len(parts), **spent, **waiting_share(seconds, waited), **rates(tokens, engine)}
 
 
 def waiting_share(seconds: float, waited: float) -> dict[str, float]:

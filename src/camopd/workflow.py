@@ -14,14 +14,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from camopd import announce, rounds
 from camopd import outcome as outcomes
 from camopd import plan as layout
-from camopd import rounds
 from camopd.config import load_recipe
 from camopd.errors import UnhealthyRunError
 from camopd.estimate.pods import check_pods
 from camopd.estimate.work import scored_branches
 from camopd.outcome import Recorded
+from camopd.past import known
 from camopd.plan import Plan
 from camopd.recipe.parameters import AS_IN_RECIPE
 from camopd.shards import place_of, shard_uri, shard_uris
@@ -218,7 +219,7 @@ def recover(round_uri: str, *, store: Store | None = None) -> Done:
     run_uri, _ = layout.run_and_round(round_uri)
     _colocated(Plan.load(store, run_uri), store)
     uri = layout.checkpoint_uri(round_uri)
-    return Done(uri, headline(store.require(uri).metrics))
+    return Done(uri, headline((known(uri, store) or store.require(uri)).metrics))
 
 
 def evaluate(run_uri: str, *, store: Store | None = None) -> Done:
@@ -300,12 +301,14 @@ def run(recipe: str, parameters: Mapping[str, Any] | None = None, *, store: Stor
         UnhealthyRunError: the run stopped itself, now or in an earlier call.
     """
     store = store or Store()
-    prepared = prepare(recipe, parameters, store=store)
-    plan = Plan.load(store, prepared.uri)
-    train_all = _colocated if plan.recipe.execution == "colocated" else _staged
-    train_all(plan, store)
-    evaluate(prepared.uri, store=store)
-    return promote(prepared.uri, store=store)
+    with announce.telling(store) as record:
+        prepared = prepare(recipe, parameters, store=store)
+        record["run"] = prepared.uri
+        plan = Plan.load(store, prepared.uri)
+        train_all = _colocated if plan.recipe.execution == "colocated" else _staged
+        train_all(plan, store)
+        evaluate(prepared.uri, store=store)
+        return promote(prepared.uri, store=store)
 
 
 def _staged(plan: Plan, store: Store) -> None:
@@ -343,6 +346,8 @@ def _may_start(round_uri: str, plan: Plan, store: Store) -> bool:
 def outcome(recipe: str, output_uri: str, *, job: str, succeeded: bool, store: Store | None = None) -> str:
     """What became of a pipeline run, as Markdown, from the run's own records: KFP's message is empty on a cluster.
 
+    The webhook is told the same, once.
+
     Args:
         recipe: as given to the run form.
         output_uri: as given to the run form.
@@ -350,4 +355,7 @@ def outcome(recipe: str, output_uri: str, *, job: str, succeeded: bool, store: S
         succeeded: KFP's word.
         store: where to read.
     """
-    return outcomes.describe_job(recipe, output_uri, job, succeeded=succeeded, store=store or Store())
+    store = store or Store()
+    ending = outcomes.ending_of_job(recipe, output_uri, job, succeeded=succeeded, store=store)
+    announce.tell(ending, store=store, job=job)
+    return ending.page()

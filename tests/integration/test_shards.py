@@ -59,6 +59,7 @@ def test_tables_and_weights_are_those_of_one_pod(one_pod, tmp_path) -> None:
     alone = Store().require(layout.rollout_uri(rounds_of(one_pod)[0])).metrics
     assert metrics["num_shards"] == 3
     measured = {"num_shards", "waiting_share", "engine_seconds", "tokens_per_second"}
+    measured |= {"shard_seconds", "shard_seconds_waited", "shard_gpu_seconds", "shard_bytes"}
     assert {k: v for k, v in metrics.items() if k not in measured} == {k: v for k, v in alone.items() if k not in measured}
     assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["engine_seconds"], rel=0.01)
 

@@ -153,4 +153,4 @@ def _show(run_uri: str) -> None:
     plan = Plan.load(store, run_uri)
     result = result_of(plan, store)
     assert result is not None, "every stage is done, so there is a result"
-    print_result(result, plan, Console(highlight=False, markup=False, soft_wrap=True))
+    print_result(result, plan, Console(highlight=False, markup=False, soft_wrap=True), store)

@@ -213,7 +213,7 @@ def totals(plan: Planned, gpu_hours: float | None) -> list[str]:
         lines.append(f"Hours:     {short(mean.hours)} with these GPUs, one stage after another")
     if mean.cost is not None and limits.cost is not None:
         lines.append(f"Cost:      {mean.cost:,.2f} at {mean.price:g} an hour; {limits.cost:,.2f} at the limits")
-    lines.append(f"Store:     {size(mean.stored_bytes)}; nothing is ever deleted")
+    lines.append(f"Store:     {size(mean.stored_bytes)}, until `camopd gc` is asked")
     pods = f"{mean.pods:,}, a Workflow object of some {mean.object_bytes / 1e6:.2f} MB (limit 1 MB)"
     alone = "; none with `camopd recover`" if plan.recipe.execution == "colocated" else ""
     lines.append(f"Pods:      {pods}{alone}")

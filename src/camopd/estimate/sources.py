@@ -13,6 +13,7 @@ from camopd.config import Recipe
 from camopd.errors import InputError, Problem, StoreError
 from camopd.estimate.assumptions import Lengths, typical_lengths
 from camopd.estimate.shapes import ModelShape, read_shape
+from camopd.past import known
 from camopd.plan import Plan
 from camopd.schedule import Schedule
 from camopd.store import Store, is_s3, join
@@ -117,7 +118,7 @@ def measured_lengths(run_uri: str, store: Store) -> dict[str, Lengths]:
     """
     plan = Plan.load(store, run_uri)
     preflight = json.loads(store.read(join(layout.plan_uri(run_uri), "preflight.json")))["branches"]
-    manifests = [store.manifest(layout.checkpoint_uri(uri)) for uri in plan.rounds]
+    manifests = [known(layout.checkpoint_uri(uri), store) for uri in plan.rounds]
     rounds = [manifest.metrics for manifest in manifests if manifest is not None]
     if not rounds:
         raise StoreError(f"{run_uri} has no finished round to measure; leave --from out until one is done")

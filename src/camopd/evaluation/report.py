@@ -21,12 +21,13 @@ from camopd import __version__
 from camopd import plan as layout
 from camopd.evaluation.charts import Point, colours, dots, lines
 from camopd.evaluation.gradients import COSINE, diagnostic_series, gradient_table, taken_on, token_shares
+from camopd.ledger import Line
+from camopd.past import known
 from camopd.plan import Plan
 from camopd.store import Store, join
 
 TEMPLATE = "report.html.j2"
 LONGEST_ANSWER = 600  # characters shown of a question or an answer
-STAGES = ("prepare", "rollout", "score", "select", "train", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -36,42 +37,30 @@ class Round:
     Attributes:
         number: counted from 1.
         content_id: of its checkpoint.
-        seconds: stage -> seconds, scores of all branches added; ``train`` alone where one process did all of it.
         steps: metrics of each optimiser step (docs/data.md).
         selection: branch -> what was selected.
     """
 
     number: int
     content_id: str
-    seconds: Mapping[str, float]
     steps: Sequence[Mapping[str, Any]]
     selection: Mapping[str, Mapping[str, Any]]
 
 
 def read_rounds(plan: Plan, store: Store) -> list[Round]:
-    """The run's finished rounds, in order."""
+    """The run's finished rounds, in order, as far as their files are there."""
     rounds = []
     for number, uri in enumerate(plan.rounds, 1):
         trained = store.manifest(layout.checkpoint_uri(uri))
+        if trained is None and known(layout.checkpoint_uri(uri), store) is not None:
+            continue  # removed by camopd gc, and its steps with it
         if trained is None:
             break
         steps = json.loads(store.read(join(layout.checkpoint_uri(uri), "steps.json")))
         selected = store.manifest(layout.select_uri(uri)) is not None
         selection = json.loads(store.read(join(layout.select_uri(uri), "summary.json"))) if selected else counts(steps)
-        rounds.append(Round(number, trained.content_id, stage_seconds(plan, uri, store), steps, selection))
+        rounds.append(Round(number, trained.content_id, steps, selection))
     return rounds
-
-
-def stage_seconds(plan: Plan, round_uri: str, store: Store) -> dict[str, float]:
-    """Stage -> seconds of the prefixes that are there: a recovery in one process leaves the checkpoint alone."""
-    prefixes = {
-        "rollout": [layout.rollout_uri(round_uri)],
-        "score": [layout.score_uri(round_uri, branch.name) for branch in plan.recipe.branches],
-        "select": [layout.select_uri(round_uri)],
-        "train": [layout.checkpoint_uri(round_uri)],
-    }
-    found = {stage: [store.manifest(uri) for uri in uris] for stage, uris in prefixes.items()}
-    return {stage: sum(done.seconds for done in parts if done) for stage, parts in found.items() if any(parts)}
 
 
 def counts(steps: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
@@ -91,7 +80,7 @@ def render(
     rounds: Sequence[Round],
     samples: Sequence[Mapping[str, Any]],
     *,
-    seconds: Mapping[str, float] | None = None,
+    books: Sequence[Line] = (),
 ) -> str:
     """The page as HTML.
 
@@ -100,7 +89,7 @@ def render(
         plan: the run's plan.
         rounds: what the rounds left; may be empty.
         samples: the rows of ``samples.parquet``.
-        seconds: stage -> seconds of the stages outside the rounds.
+        books: what each stage took (camopd.ledger).
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -111,7 +100,7 @@ def render(
     )
     steps = [step for done in rounds for step in done.steps]
     names = [branch.name for branch in plan.recipe.branches]
-    environment.filters.update(number=number, duration=duration, interval=interval, shorten=shorten)
+    environment.filters.update(number=number, duration=duration, size=size, interval=interval, shorten=shorten)
     return environment.get_template(TEMPLATE).render(
         plan=plan,
         recipe=plan.recipe,
@@ -126,7 +115,7 @@ def render(
         taken_on=taken_on(steps),
         answers=sample_answers(evaluation, samples, count=plan.recipe.evaluate.answers, seed=plan.recipe.seed),
         settings=flatten(plan.recipe.model_dump(mode="json", exclude={"tracking", "notes", "branches", "promote"})),
-        times=times(rounds, seconds or {}),
+        books=books,
         rounds=rounds,
     )
 
@@ -253,16 +242,6 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def times(rounds: Iterable[Round], outside: Mapping[str, float]) -> list[tuple[str, float, float]]:
-    """(stage, seconds, share of all) in the order of the stages."""
-    total = dict(outside)
-    for done in rounds:
-        for stage, spent in done.seconds.items():
-            total[stage] = total.get(stage, 0.0) + spent
-    everything = sum(total.values()) or 1.0
-    return [(stage, total[stage], total[stage] / everything) for stage in STAGES if stage in total]
-
-
 # --- How numbers look -----------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +266,12 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+
+
+def size(count: int) -> str:
+    """``812 B``, ``3.4 MB``, ``1.2 TB``: powers of ten."""
+    power = min((len(str(count)) - 1) // 3, 4)
+    return f"{count} B" if power == 0 else f"{count / 1000**power:.1f} {('k', 'M', 'G', 'T')[power - 1]}B"
 
 
 def shorten(text: str, limit: int = LONGEST_ANSWER) -> str:

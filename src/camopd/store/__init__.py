@@ -1,8 +1,8 @@
 """Local folders and s3:// prefixes behind one small interface, and what makes a prefix finished.
 
-A stage writes one prefix and its ``manifest.json`` last; a prefix without a manifest does not exist. Nothing that lies in a
-store is ever deleted but what training keeps for its own restart and what a killed attempt left in a local folder, and names
-that begin with a dot (``.git``, ``.cache``, half-written files) are nobody's content.
+A stage writes one prefix and its ``manifest.json`` last; a prefix without a manifest does not exist. No stage ever deletes
+anything but what training keeps for its own restart and what a killed attempt left in a local folder (`camopd gc` is no
+stage), and names that begin with a dot (``.git``, ``.cache``, half-written files) are nobody's content.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from typing import Any
 
 from camopd import __version__
 from camopd.errors import MissingError, StoreError
+from camopd.runtime import accelerators, together
 from camopd.store.copies import Copies
 from camopd.store.local import LocalBackend, content_of, local_path, scratch
 from camopd.store.manifest import MANIFEST, FileInfo, Manifest, canonical, content_id_of, digest, sha256_file
 from camopd.store.prefetch import Prefetcher
 from camopd.store.protocols import Alone, Backend, Sending, Writers
+from camopd.store.sweeper import Sweeper
 from camopd.store.uris import check_uri, is_s3, join, parent
 
 __all__ = [
@@ -96,6 +98,10 @@ class Store:
 
             self._s3 = S3Backend()
         return self._s3
+
+    def sweeper(self, uri: str) -> Sweeper:
+        """What sees and removes single files at a location: for `camopd gc`."""
+        return self._backend(uri).sweeper()
 
     def stat(self, uri: str) -> FileInfo | None:
         """The file of exactly this URI, or None."""
@@ -313,7 +319,8 @@ class Store:
                 copies.compare(self.require(copies.uri), own)
             with self._waiting():
                 sent = sending.wait()
-            parts = writers.gather({"folder": str(folder), "files": [[file.name, file.size, file.sha256] for file in own]})
+            said = {"folder": str(folder), "files": [[file.name, file.size, file.sha256] for file in own]}
+            parts = writers.gather(said | {"machine": platform.node(), "held": accelerators(stage)})
             manifest, published = None, False
             if writers.rank == 0:
                 files = tuple(sorted((FileInfo(*file) for part in parts for file in part["files"]), key=lambda file: file.name))
@@ -328,6 +335,7 @@ class Store:
                     seconds_waited=round(self.waited() - waited, 3),
                     created_at=datetime.now(UTC).isoformat(timespec="seconds"),
                     software=_software(),
+                    resources=together((part["machine"], part["held"]) for part in parts),
                 )
                 (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
                 others = [Path(part["folder"]) for part in parts[1:]]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from camopd.errors import MissingError, StoreError
 from camopd.store.manifest import MANIFEST, FileInfo
+from camopd.store.sweeper import LocalSweeper
 from camopd.store.uris import join
 
 _HIDDEN = ".camopd-"  # first letters of what is being written: not content yet
@@ -115,6 +116,9 @@ class LocalBackend:
         except OSError as error:
             raise StoreError(f"{uri} could not be removed: {error.strerror} ({error.filename})") from error
         return True
+
+    def sweeper(self) -> LocalSweeper:
+        return LocalSweeper()
 
 
 def content_of(root: Path) -> Sequence[tuple[str, Path]]:

@@ -30,7 +30,8 @@ class FileInfo:
 class Manifest:
     """What a stage wrote, and from what. ``content_id`` depends on the files alone; times and rates are in ``metrics``.
 
-    ``seconds_waited`` of ``seconds`` went by while the stage waited for the store.
+    ``seconds_waited`` of ``seconds`` went by while the stage waited for the store. ``resources`` are the accelerators that its
+    processes held (``count``, ``name``); empty, and left out of the file, without any.
     """
 
     stage: str
@@ -43,10 +44,13 @@ class Manifest:
     seconds_waited: float = 0.0
     created_at: str = ""
     software: Mapping[str, str] = field(default_factory=dict)
+    resources: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         record = asdict(self)
         record["files"] = [{"name": f.name, "size": f.size, "sha256": f.sha256} for f in self.files]
+        if not self.resources:
+            del record["resources"]
         return json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod

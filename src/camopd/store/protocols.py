@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from camopd.store.manifest import FileInfo
+from camopd.store.sweeper import Sweeper
 
 
 class Backend(Protocol):
@@ -55,6 +56,9 @@ class Backend(Protocol):
 
     def remove(self, uri: str) -> bool:
         """Delete a file, or a prefix with all that lies below it, its manifest first. False where that is not allowed."""
+
+    def sweeper(self) -> Sweeper:
+        """What sees and removes single files, for `camopd gc`."""
 
 
 class Sending(Protocol):

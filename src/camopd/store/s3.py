@@ -35,6 +35,7 @@ from s3transfer.subscribers import BaseSubscriber
 from camopd.errors import MissingError, StoreError
 from camopd.store.local import content_of, explained
 from camopd.store.manifest import MANIFEST, FileInfo, Manifest
+from camopd.store.sweeper import S3Sweeper
 from camopd.store.uris import join
 
 _log = logging.getLogger(__name__)
@@ -258,6 +259,9 @@ class S3Backend:
                     return False
                 raise
         return True
+
+    def sweeper(self) -> S3Sweeper:
+        return S3Sweeper(self._client, self._explained)
 
     def finish_upload(self, future: Any, path: Path, uri: str) -> None:
         """Wait for an upload. A failed one was aborted by the transfer manager, so that no parts stay behind."""

@@ -22,6 +22,8 @@ from typing import Any, Literal
 from camopd import __version__
 from camopd import plan as layout
 from camopd.attempts import cut_offs
+from camopd.ledger import Part, as_numbers, ledger, parts_of
+from camopd.past import known
 from camopd.plan import Plan
 from camopd.rounds import stop_reason
 from camopd.shards import waiting_share
@@ -235,7 +237,7 @@ def status(plan: Plan, store: Store) -> Literal["RUNNING", "FAILED", "FINISHED"]
     """FAILED when the run stopped itself, FINISHED when its last checkpoint is evaluated, else RUNNING."""
     if stop_reason(plan.run_uri, store=store) is not None:
         return "FAILED"
-    last = store.manifest(layout.checkpoint_uri(plan.rounds[-1]))
+    last = known(layout.checkpoint_uri(plan.rounds[-1]), store)
     evaluated = last is not None and any(last.content_id in done.inputs.values() for _, done in _evaluations(plan, store))
     return "FINISHED" if evaluated else "RUNNING"
 
@@ -247,7 +249,7 @@ def entries(plan: Plan, store: Store) -> Iterator[Entry]:
     planned = store.require(layout.plan_uri(plan.run_uri))
     yield Entry("plan", planned.content_id, partial(_plan, plan, planned, store))
     for round_number, uri in enumerate(plan.rounds, 1):
-        trained = store.manifest(layout.checkpoint_uri(uri))
+        trained = known(layout.checkpoint_uri(uri), store)
         if trained is None:
             break
         yield Entry(f"round-{round_number:04d}", trained.content_id, partial(_round, plan, round_number, store), nested=True)
@@ -258,6 +260,8 @@ def entries(plan: Plan, store: Store) -> Iterator[Entry]:
         yield Entry("cut-off", digest(silent), lambda: Facts(tags={"camopd.attempts_without_a_word": counted}))
     for uri, done in _evaluations(plan, store):
         yield Entry(f"evaluation-{_name(uri)}", done.content_id, partial(_evaluation, plan, uri, done, store))
+    if books := _books(plan, store):  # when it has ended: a look at every manifest
+        yield Entry("ledger", digest(books), partial(_ledger, plan, books, store))
     for file in store.list(join(plan.run_uri, "release")):
         name, _, below = file.name.partition("/")
         if below == "release.json":  # beside it lies the model
@@ -287,9 +291,10 @@ def _round(plan: Plan, round_number: int, store: Store) -> Facts:
     prefixes |= {f"score-{branch.name}": layout.score_uri(uri, branch.name) for branch in plan.recipe.branches}
     prefixes |= {"select": layout.select_uri(uri), "train": layout.checkpoint_uri(uri)}
     # A recovery in one process leaves the checkpoint alone, and a branch without a step in the round has no scores.
-    found = {stage: store.manifest(prefix) for stage, prefix in prefixes.items()}
+    found = {stage: known(prefix, store) for stage, prefix in prefixes.items()}
     stages = {stage: done for stage, done in found.items() if done is not None}
-    steps = json.loads(store.read(join(layout.checkpoint_uri(uri), "steps.json")))
+    written = join(layout.checkpoint_uri(uri), "steps.json")
+    steps = json.loads(store.read(written)) if store.stat(written) else []  # gone with the checkpoint: camopd gc
     time_ms = _time_ms(stages["train"])
     series, nonfinite_steps, nonfinite_names = step_points(steps, time_ms=time_ms)
     numbers: dict[str, Any] = {
@@ -315,6 +320,24 @@ def _evaluation(plan: Plan, uri: str, done: Manifest, store: Store) -> Facts:
     tags = {"camopd.decision": "pass" if decision["passed"] else "fail", "camopd.reasons": "\n".join(decision["reasons"])}
     files = _texts(uri, done, store, (".html", ".json"))
     return Facts(tags={k: v[:MAX_TAG_LENGTH] for k, v in tags.items()}, points=tuple(points), files=files)
+
+
+def _books(plan: Plan, store: Store) -> dict[str, dict[str, float]]:
+    """What a run that has ended has taken, by stage; nothing where some of it is gone."""
+    evaluated = [Part("evaluate", done) for _, done in _evaluations(plan, store)]
+    if not evaluated and stop_reason(plan.run_uri, store=store) is None:
+        return {}
+    parts = parts_of(plan, store)
+    return {} if parts is None else as_numbers(ledger([*parts, *evaluated]))
+
+
+def _ledger(plan: Plan, books: Mapping[str, Mapping[str, float]], store: Store) -> Facts:
+    """A point a number at the step of the last finished round, so that the series shows how it grew."""
+    trained = [known(layout.checkpoint_uri(uri), store) for uri in plan.rounds]
+    done = [manifest for manifest in trained if manifest is not None]
+    last = done[-1] if done else store.require(layout.plan_uri(plan.run_uri))
+    points, _ = points_of({"ledger": books}, step=len(done), time_ms=_time_ms(last))
+    return Facts(points=tuple(points), files={"ledger.json": json.dumps(books, indent=1) + "\n"})
 
 
 def _release(text: str) -> Facts:
