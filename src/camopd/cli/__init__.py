@@ -11,7 +11,7 @@ import typer
 
 from camopd import __version__
 from camopd.attempts import heeding_sigterm
-from camopd.cli import planning, registry, retention, stages
+from camopd.cli import checking, planning, registry, retention, stages
 from camopd.errors import CamopdError
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app = typer.Typer(
 
 STAGES = (stages.prepare, stages.rollout, stages.score, stages.select, stages.train, stages.evaluate, stages.promote)
 REGISTRY = (registry.approve, registry.reject, registry.rollback, registry.history)
-VERBS = (*STAGES, stages.run, stages.recover, planning.plan, *REGISTRY, retention.gc)
+VERBS = (*STAGES, stages.run, stages.recover, planning.plan, *REGISTRY, retention.gc, checking.check)
 for verb in VERBS:
     app.command()(verb)
 
