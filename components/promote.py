@@ -5,7 +5,7 @@ from components import component
 
 @component
 def promote(rounds: list[str], release: dsl.Output[dsl.Artifact]) -> None:
-    """Register the recovered model and move the alias. The weights stay where they are.
+    """Copy the recovered model to a prefix of its own, register it, and move the alias, as the recipe's policy says.
 
     Args:
         rounds: Prefix of each round; the run is above them.

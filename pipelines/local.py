@@ -28,7 +28,7 @@ from camopd.board import Board, Tail, clock
 from camopd.errors import CamopdError, InputError, Problem
 from camopd.outcome import describe, print_result, result_of
 from camopd.plan import Plan
-from camopd.recipe.parameters import FORM_FIELDS, ROLE_FIELDS, did_you_mean
+from camopd.recipe.parameters import FORM_FIELDS, ROLE_FIELDS, SWITCH, did_you_mean
 from camopd.store import Store, digest
 from pipelines.containers import Folders, absolute_form, folders_of, share_database
 
@@ -45,13 +45,13 @@ RAISED = re.compile(rf"(?:{KFP_LINE.pattern}|ERROR:root:)Task \S+ failed with ex
 
 def run_form(assignments: Sequence[str]) -> dict[str, str | bool]:
     """``["seed=2"] -> {"method_seed": "2"}``. Raises InputError for what the pipeline's run form has no field for."""
-    fields = {key: field for field, key in FORM_FIELDS.items()}
+    fields = {key: field for field, key in FORM_FIELDS.items() if field != SWITCH}
     names = [*FORM_FIELDS, *ROLE_FIELDS]
     pairs = [(fields.get(key, key), value) for key, _, value in (text.partition("=") for text in assignments)]
     unknown = [Problem(key, "the run form has no such field", did_you_mean(key, names)) for key, _ in pairs if key not in names]
     if unknown:
         raise InputError(unknown)
-    return {field: value.lower() == "true" if field == "output_promote" else value for field, value in pairs}
+    return {field: value.lower() == "true" if field == SWITCH else value for field, value in pairs}
 
 
 def log_folder(run_uri: str) -> Path:

@@ -66,7 +66,17 @@ def make_evaluation(plan: Plan, store: Store, *, passed: bool = True) -> str:
     last = store.require(layout.checkpoint_uri(plan.rounds[-1])).content_id
     reasons = ["general recovered 0.61 (0.55 to 0.70)"] if passed else ["domain retained 0.80, below 0.95"]
     numbers = {"recovered_general": 0.61, "recovered_general_low": 0.55, "recovered_general_high": 0.70}
-    record = {"headline": numbers, "decision": {"passed": passed, "reasons": reasons}}
+    models = {"before": ("domain model before", 0), "after": ("recovered model after", plan.recipe.num_rounds)}
+    score = {branch.name: {"value": 0.5, "low": 0.4, "high": 0.6} for branch in plan.recipe.branches}
+    record = {
+        "headline": numbers,
+        "decision": {"passed": passed, "reasons": reasons},
+        "models": {key: {"label": label, "round": number} for key, (label, number) in models.items()},
+        "branches": [{"name": branch.name} for branch in plan.recipe.branches],
+        "scores": {key: {"branches": score} for key in models},
+        "recovered": {"general": {"value": 0.61, "low": 0.55, "high": 0.70}},
+        "retained": {},
+    }
     files = {"evaluation.json": json.dumps(record), "report.html": "<html>report</html>", "samples.parquet": "rows"}
     produce(store, uri, "evaluate", files, numbers, {"after": last})
     return uri

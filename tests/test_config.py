@@ -70,9 +70,10 @@ def test_defaults_are_the_papers() -> None:
         ("output_alias", "prod-eu", "promote.alias", "prod-eu"),
         ("output_model_name", "näme", "promote.model_name", "näme"),
         ("output_notes", "", "notes", ""),
-        ("output_promote", False, "promote.enabled", False),
-        ("output_promote", "false", "promote.enabled", False),
-        ("output_promote", "True", "promote.enabled", True),
+        ("output_promote", False, "promote.policy", "never"),
+        ("output_promote", "false", "promote.policy", "never"),
+        ("output_promote", "True", "promote.policy", "auto"),
+        ("promote.policy", "manual", "promote.policy", "manual"),
         ("output_uri", "/runs/", "output", "/runs"),
         ("train.weight_decay", "0", "train.weight_decay", 0.0),
         ("prompts.enable_thinking", "false", "prompts.enable_thinking", False),
@@ -85,6 +86,27 @@ def test_a_parameter_lands_in_its_place(field: str, typed: object, key: str, val
         found = getattr(found, part)
     assert found == value
     assert type(found) is type(value)
+
+
+def test_the_form_s_switch_turns_off_and_never_on() -> None:
+    """The form has no list of policies: on is whatever the recipe says, as its text tells."""
+    for policy in ("auto", "manual", "never"):
+        recipe = MINIMAL + f'[promote]\npolicy = "{policy}"\n'
+        assert load_recipe(recipe, {"output_promote": True}).promote.policy == policy
+        assert load_recipe(recipe, {"output_promote": False}).promote.policy == "never"
+
+
+def test_the_earlier_switch_is_named_with_what_took_its_place() -> None:
+    ((where, words),) = problems_of(MINIMAL + "[promote]\nenabled = false\n").items()
+    assert "promote.enabled" in where
+    assert "there is no such setting -> known: policy" in words
+
+
+def test_a_version_that_waits_has_an_alias_of_its_own() -> None:
+    same = {"promote.policy": "manual", "promote.alias": "candidate"}
+    ((_, words),) = problems_of(MINIMAL, same).items()
+    assert "both 'candidate'" in words
+    assert load_recipe(MINIMAL, same | {"promote.candidate_alias": "next"}).promote.candidate_alias == "next"
 
 
 @pytest.mark.parametrize(
@@ -130,6 +152,9 @@ def test_a_parameter_lands_in_its_branch(field: str, typed: object, branch: str,
         ("input_domain_model_uri", "", "empty"),
         ("input_domain_model_uri", "models/a", "./models/a"),
         ("output_promote", "maybe", "true or false"),
+        ("promote.policy", "automatic", "not one of auto, manual, never"),
+        ("promote.enabled", "false", "no such parameter"),
+        ("promote.candidate_alias", "v1", "reserved by MLflow"),
         ("output_notes", 3, "text is expected"),
         ("branches.general.score", "absolut", "did you mean 'absolute'"),
         ("score.signal", "best-marginn", "not one of sampled, topk"),

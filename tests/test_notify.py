@@ -253,6 +253,14 @@ def release(plan: layout.Plan, store: Store, status: str, version: int | None, *
         ("promoted", 3, [], "success", "was promoted", "Load it as models:/icd@champion."),
         ("superseded", 4, ["the alias champion points to version 3 now"], "refused", "was not promoted", "Compare"),
         ("refused", None, ["the policy is never"], "refused", "was not promoted", "Read the report"),
+        (
+            "candidate",
+            4,
+            ["general recovered 0.61 (0.55 to 0.70)"],  # what the gate saw: what to do is under "next"
+            "waiting",
+            "passed the gate and waits for an approval",
+            "Read the report; then camopd approve icd --version 4 --by YOU --why TEXT, or camopd reject.",
+        ),
         ("disabled", None, ["no registry"], "success", "passed the gate; nothing is registered", ""),
     ],
 )

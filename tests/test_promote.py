@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +16,15 @@ from uuid import uuid4
 import pytest
 
 from camopd import promote
-from camopd.config import Tracking
 from camopd.errors import StoreError, TrackingError
+from camopd.export import export_uri
 from camopd.plan import Plan, checkpoint_uri
-from camopd.promote import Release, obstacle, pending, release_uri, rival
+from camopd.promote import Release, obstacle, release_uri
 from camopd.store import Store, join
-from camopd.tracking import AliasAtStart, NullTracker, Tracker, Version, alias_snapshot, sync, tracker_for
+from camopd.tracking import AliasAtStart, NullTracker, Tracker, Version, alias_snapshot, sync
 from tests.finished import make_evaluation, make_plan, make_round, make_run
 from tests.fixtures.mlflow_server import Proxy
+from tests.registered import aliases, client, make_ready, open_tracker, versions
 
 
 @pytest.fixture(autouse=True)
@@ -51,32 +53,13 @@ def ready(tmp_path: Path, store: Store, model: str) -> Callable[..., Plan]:
     """Make a run that was started with tracking and is evaluated now."""
 
     def make(tracker: Tracker, *, seed: int = 0, passed: bool = True, **promote: Any) -> Plan:
-        plan = make_plan(str(tmp_path / "runs"), store, seed=seed, promote={"model_name": model, **promote})
-        alias_snapshot(plan.run_uri, store=store, tracker=tracker)
-        for number in (1, 2):
-            make_round(plan, store, number)
-        make_evaluation(plan, store, passed=passed)
-        return plan
+        return make_ready(str(tmp_path / "runs"), store, tracker, model, seed=seed, passed=passed, **promote)
 
     return make
 
 
-def open_tracker(uri: str) -> Tracker:
-    return tracker_for(Tracking(uri=uri, experiment="promotions"))
-
-
-def client(uri: str) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(uri)
-
-
-def versions(uri: str, model: str) -> list[Any]:
-    return sorted(client(uri).search_model_versions(f"name = '{model}'"), key=lambda version: int(version.version))
-
-
-def aliases(uri: str, model: str) -> dict[str, int]:
-    return {name: int(version) for name, version in client(uri).get_registered_model(model).aliases.items()}
+def exported(plan: Plan, store: Store) -> str:
+    return export_uri(release_uri(plan, store))
 
 
 def written(plan: Plan, store: Store) -> dict[str, Any]:
@@ -104,7 +87,7 @@ def test_refused_by_the_gate(tmp_path: Path, store: Store) -> None:
 
 
 def test_refused_when_switched_off(tmp_path: Path, store: Store) -> None:
-    plan = make_run(str(tmp_path), store, promote={"enabled": False})
+    plan = make_run(str(tmp_path), store, promote={"policy": "never"})
     assert promote.run(plan.run_uri, store=store, tracker=NullTracker()).status == "refused"
 
 
@@ -117,22 +100,9 @@ def test_not_evaluated(tmp_path: Path, store: Store) -> None:
 
 # --- Who may move the alias -----------------------------------------------------------------------------------------------
 
-NOW = 10_000.0
 
-
-def version(number: int, run: str = "ours", *, age: float | None = None, **tags: str) -> Version:
-    under_way = {} if age is None else pending(NOW - age)
-    return Version(number, {"camopd.run_id": run, "camopd.alias": "champion", **under_way, **tags})
-
-
-def test_older_pending_versions_go_first() -> None:
-    mine = version(5, age=0)
-    assert rival(mine, [version(6, "other", age=0), mine], now=NOW) is None
-    assert rival(mine, [version(4, "other", age=30), mine], now=NOW) == version(4, "other", age=30)
-    assert rival(mine, [version(4, "other", age=promote.PENDING_SECONDS + 1), mine], now=NOW) is None  # it died
-    assert rival(mine, [version(4, "other", **{"camopd.status": "promoted"})], now=NOW) is None
-    assert rival(mine, [Version(4, {**version(4, age=0).tags, "camopd.alias": "challenger"})], now=NOW) is None
-    assert rival(mine, [Version(4, {})], now=NOW) is None  # made by hand
+def version(number: int, run: str = "ours", **tags: str) -> Version:
+    return Version(number, {"camopd.run_id": run, "camopd.alias": "champion", **tags})
 
 
 @pytest.mark.parametrize(
@@ -149,8 +119,15 @@ def test_older_pending_versions_go_first() -> None:
 )
 def test_the_alias_moves_only_from_where_it_was(start: int | None, current: int | None, free: bool) -> None:
     known = [version(1), version(2, "other"), version(3, "other"), version(5)]
-    reason = obstacle(known[-1], known, AliasAtStart(True, start), current, now=NOW)
+    reason = obstacle(known[-1], known, AliasAtStart(True, start), current)
     assert (reason == "") is free
+
+
+@pytest.mark.parametrize("status", ["rejected", "rolled-back"])
+def test_what_a_person_has_decided_stands(status: str) -> None:
+    decided = version(5, **{"camopd.status": status})
+    assert obstacle(version(5), [decided], AliasAtStart(True, None), None) == f"version 5 was {status} meanwhile"
+    assert "deleted" in obstacle(version(5), [version(4)], AliasAtStart(True, None), None)
 
 
 # --- Against MLflow -------------------------------------------------------------------------------------------------------
@@ -166,7 +143,7 @@ def test_promoted_once(uri: str, model: str, ready: Callable[..., Plan], store: 
     (made,) = versions(uri, model)
     assert made.tags["camopd.content_id"] == store.require(checkpoint_uri(plan.rounds[-1])).content_id
     assert made.tags["camopd.content_id.student"] == plan.content_ids["student"]
-    assert made.tags["camopd.checkpoint_uri"] == checkpoint_uri(plan.rounds[-1])
+    assert made.tags["camopd.checkpoint_uri"] == exported(plan, store)
     assert made.tags["camopd.score.recovered_general_low"] == "0.55"
     assert client(uri).get_run(made.run_id).data.tags["camopd.run_id"] == made.tags["camopd.run_id"]
 
@@ -180,16 +157,18 @@ def test_promoted_once(uri: str, model: str, ready: Callable[..., Plan], store: 
 
 
 @pytest.mark.slow
-def test_the_source_is_the_checkpoint(mlflow_sqlite: str, model: str, ready: Callable[..., Plan], store: Store) -> None:
+def test_the_source_is_the_export(mlflow_sqlite: str, model: str, ready: Callable[..., Plan], store: Store) -> None:
     from mlflow.artifacts import download_artifacts
 
     tracker = open_tracker(mlflow_sqlite)
     plan = ready(tracker)
     promote.run(plan.run_uri, store=store, tracker=tracker)
     (made,) = versions(mlflow_sqlite, model)
-    weights = Path(checkpoint_uri(plan.rounds[-1]))
-    assert made.source == weights.as_uri()
+    place = exported(plan, store)
+    assert made.source == Path(place).as_uri()
     assert Path(download_artifacts(made.source), "model.safetensors").read_text() == "weights 0 2"
+    shutil.rmtree(checkpoint_uri(plan.rounds[-1]))  # nobody needs it any more
+    assert store.verify(place, deep=True) == []
 
 
 @pytest.mark.slow
@@ -201,7 +180,7 @@ def test_a_server_gets_a_pointer_to_a_folder(mlflow_server: str, model: str, rea
     assert made.source == f"runs:/{made.run_id}/checkpoint"
     file = client(mlflow_server).download_artifacts(made.run_id, "checkpoint/checkpoint.json")
     pointer = json.loads(Path(file).read_text())
-    assert pointer["camopd.checkpoint_uri"] == checkpoint_uri(plan.rounds[-1])
+    assert pointer["camopd.checkpoint_uri"] == exported(plan, store)
 
 
 @pytest.mark.slow
@@ -216,7 +195,7 @@ def test_weights_in_an_object_store(uri: str, model: str, s3_prefix: str, store:
     assert promote.run(plan.run_uri, store=store, tracker=tracker).status == "promoted"
     assert aliases(uri, model) == {"champion": 1}
     (made,) = versions(uri, model)
-    assert made.source == checkpoint_uri(plan.rounds[-1])
+    assert made.source == exported(plan, store)
     assert made.source.startswith("s3://")
 
 

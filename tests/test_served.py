@@ -229,7 +229,7 @@ def test_a_server_that_serves_something_else_by_now_is_noticed(teacher, general,
 @pytest.mark.slow
 def test_a_whole_recovery_with_a_served_teacher(teacher, tmp_path) -> None:
     """To the gate's decision, with the evaluation that the teacher's folder has."""
-    wish = SMALL | {"evaluate.limit": 12, "evaluate.curve_points": 0, "evaluate.bootstrap": 200, "promote.enabled": False}
+    wish = SMALL | {"evaluate.limit": 12, "evaluate.curve_points": 0, "evaluate.bootstrap": 200, "promote.policy": "never"}
     scores = {}
     for kind, location in (("served", teacher.url), ("local", str(MICRO / "general"))):
         settings = wish | {

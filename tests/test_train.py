@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from camopd.checkpoint import STEPS, is_companion, load_state, snapshot
+from camopd.checkpoint import load_state, snapshot
 from camopd.config import Branch, Recipe
 from camopd.engines.transformers import TransformersEngine
 from camopd.errors import StoreError, UnhealthyRunError
 from camopd.group import Group
-from camopd.plan import Plan
+from camopd.plan import STEPS, Plan, is_companion
 from camopd.schedule import Schedule
 from camopd.store import Store
 from camopd.student import Student

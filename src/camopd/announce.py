@@ -20,7 +20,8 @@ _NEXT = {
     "already-promoted": "Load it as models:/{model_name}@{alias}.",
     "refused": "Read the report; change the recipe or its gate, and start it again.",
     "superseded": "Compare the reports of both versions; the alias stays where it is until somebody moves it.",
-    "alias-unverified": "Read the report, and move the alias {alias} by hand if the version is the better one.",
+    "alias-unverified": "Read the report; if the version is the better one, {approve}.",
+    "candidate": "Read the report; then {approve}, or camopd reject.",
 }
 
 
@@ -47,9 +48,14 @@ def message_of(ending: Ending, *, job: str = "") -> Message:
         reason = "the gate said no: " + "; ".join(found.evaluation["decision"]["reasons"])
         return Message("refused", "was not promoted", reason=reason, next=_NEXT["refused"], **known)
     known |= {"model": release["model_name"], "version": release["version"], "alias": release["alias"]}
-    known |= {"reason": "; ".join(release["reasons"]), "next": _NEXT.get(release["status"], "").format(**release)}
+    approve = "camopd approve {model_name} --version {version} --by YOU --why TEXT".format(**release)
+    known |= {"reason": "; ".join(release["reasons"])}
+    known |= {"next": _NEXT.get(release["status"], "").format(**release, approve=approve)}
     if release["status"] in ("promoted", "already-promoted"):
         return Message("success", "was promoted", **known)
+    if release["status"] == "candidate":
+        known["reason"] = "; ".join(found.evaluation["decision"]["reasons"])
+        return Message("waiting", "passed the gate and waits for an approval", **known)
     if release["status"] == "disabled":
         return Message("success", "passed the gate; nothing is registered", **known)
     return Message("refused", "was not promoted", **known)

@@ -32,12 +32,11 @@ from camopd.adapters import is_adapted
 from camopd.errors import StoreError
 from camopd.group import Group, current
 from camopd.lora import Output
+from camopd.plan import TRAINER, is_companion
 from camopd.schedule import Schedule
 from camopd.student import learning, on_host, whole
 
-TRAINER = "trainer"
 STATE = "trainer/state.json"
-STEPS = "steps.json"
 SHARDING = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint looks for the offsets
 
 
@@ -189,12 +188,6 @@ def shared_out(sizes: Mapping[str, int], num_parts: int) -> dict[str, int]:
 
 def _file(name: str, rank: int, size: int) -> str:
     return f"{name}.safetensors" if size == 1 else f"{name}-{rank + 1:05d}-of-{size:05d}.safetensors"
-
-
-def is_companion(name: str) -> bool:
-    """Whether a file of a model folder belongs to the tokenizer or generation: neither weights nor what we write ourselves."""
-    ours = {"config.json", "adapter_config.json", "manifest.json", STEPS}
-    return name not in ours and not name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".pt", ".md"))
 
 
 def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:

@@ -46,6 +46,14 @@ class MissingError(StoreError):
     """A file or prefix that was asked for is not there."""
 
 
+class DamagedError(StoreError):
+    """Files that are not what their manifest says."""
+
+
+class RefusedError(CamopdError):
+    """What was asked of the registry does not fit what is there; nothing was changed."""
+
+
 class UnhealthyRunError(CamopdError):
     """The run stopped itself: stale weights, exploding length, non-finite loss, empty rollouts."""
 

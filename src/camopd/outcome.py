@@ -112,7 +112,8 @@ def registered(release: Mapping[str, Any] | None) -> str:
         return "nothing, for the gate said no"
     if release["version"] is None:
         return f"nothing ({release['status']}: {'; '.join(release['reasons'])})"
-    return f"{release['model_name']} version {release['version']}, alias {release['alias']} ({release['status']})"
+    sentence = f"{release['model_name']} version {release['version']}, alias {release['alias']} ({release['status']})"
+    return f"{sentence}; {release['reasons'][0]}" if release["status"] == "candidate" else sentence
 
 
 def print_result(result: Result, plan: Plan, console: Console, store: Store) -> None:

@@ -8,7 +8,7 @@
         rollout/ score-<branch>/ select/ train/      train/ is the checkpoint: a model folder with trainer state
         train-partial/ train-failure.json            while it is trained: what is kept of its updates, why they failed
     evaluation/<id>/             scores, samples, report.html, decision
-    release/<id>/                what promote did
+    release/<id>/                what promote did; model/ below it is what a registry version points to
     stop.json                    why the run stopped itself, if it did
     attempts/ cut-off/           which stages have begun and ended, and which attempts ended without a word
 """
@@ -35,6 +35,7 @@ def plan_uri(run_uri: str) -> str:
 
 
 TEMPLATE = "chat_template.jinja"  # in the plan: the template that rendered the prompts
+TRAINER, STEPS = "trainer", "steps.json"  # in a checkpoint: what is not the model
 
 
 def prompts_file(branch: str) -> str:
@@ -68,6 +69,12 @@ def select_uri(round_uri: str) -> str:
 
 def checkpoint_uri(round_uri: str) -> str:
     return join(round_uri, "train")
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of a model folder belongs to the tokenizer or generation: neither weights nor what we write ourselves."""
+    ours = {"config.json", "adapter_config.json", "manifest.json", STEPS}
+    return name not in ours and not name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".pt", ".md"))
 
 
 def teacher_prompts_uri(run_uri: str, branch: str) -> str:

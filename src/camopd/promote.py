@@ -1,21 +1,24 @@
-"""Stage 7: register the recovered model, if the gate said yes. The weights stay where they are.
+"""Stage 7: register the recovered model, if the gate said yes.
 
-MLflow checks neither that a version's source exists nor where an alias points when it is moved, and it has no compare-and-swap.
-What it does give is a number to each version, in order. So: verify every file first; make the version with the tag ``pending``;
-stand back while an older version is pending; then compare the alias with what it was when the run started, move it, look again.
+Verify every file first, make the version with the status ``pending``, and only then, where the policy says so, move the alias
+(aliases.py): from where it was when the run started, or not at all. With policy ``manual`` the version waits for a person
+(approval.py) under an alias of its own.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from camopd.errors import TrackingError
-from camopd.evaluate import EVALUATION, evaluation_uri
-from camopd.past import known, require_files
+from camopd.aliases import Move, damage, move, withdraw
+from camopd.errors import DamagedError, MissingError, TrackingError
+from camopd.evaluate import EVALUATION, REPORT, evaluation_uri
+from camopd.export import export, export_uri
+from camopd.history import CONTENT_ID, EXPORT_ID, LEFT, STATUS, URI, Actor, Event, now
+from camopd.past import known
 from camopd.plan import Plan, checkpoint_uri, training_config
 from camopd.store import Store, digest, join
 from camopd.tracking import AliasAtStart, OutageError, Registry, Tracker, Version, alias_at_start, logbook
@@ -23,9 +26,12 @@ from camopd.tracking.logbook import canonical_text
 
 PROMOTE_SECONDS = 300.0  # how long an unreachable server is tried again
 PAUSE_SECONDS = 5.0
-PENDING_SECONDS = 900.0  # a version that is pending for longer belongs to a promotion that died
 
-Status = Literal["promoted", "already-promoted", "superseded", "alias-unverified", "refused", "disabled"]
+Status = Literal[
+    "promoted", "already-promoted", "candidate", "superseded-candidate", "superseded", "alias-unverified", "rejected",
+    "rolled-back", "refused", "disabled",
+]  # fmt: skip
+SETTLED = ("candidate", "superseded-candidate", *LEFT)  # a run that is started again leaves such a version as it is
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,10 @@ class Release:
     """What promotion did.
 
     Attributes:
-        status: promoted; already-promoted (an earlier call did it); superseded (a version, but the alias points elsewhere now);
-            alias-unverified (a version, but nobody knows where the alias pointed); refused; disabled (nothing is tracked).
+        status: promoted; already-promoted (an earlier call did it, or a person since); candidate (it waits for a person);
+            superseded-candidate (a newer one waits); superseded (a version, but the alias points elsewhere now);
+            alias-unverified (a version, but nobody knows where the alias pointed); rejected, rolled-back (a person did that
+            since); refused; disabled (nothing is tracked).
         model_name: registered model.
         version: number of the version, or None.
         alias: alias that was to move.
@@ -59,9 +67,9 @@ def release_uri(plan: Plan, store: Store) -> str:
 
 
 def run(run_uri: str, *, store: Store, tracker: Tracker, seconds: float = PROMOTE_SECONDS) -> Release:
-    """Register the last checkpoint and move the alias; write ``release.json`` with what was done, also when it was nothing.
+    """Export the last checkpoint, register it, and move the alias; write ``release.json`` with what was done, if only nothing.
 
-    May be called again at any time: a version is made once, and an alias that was moved back by hand stays where it is.
+    May be called again at any time: a version is made once, and an alias that was moved back stays where it is.
 
     Args:
         run_uri: the run's prefix, evaluated.
@@ -74,39 +82,50 @@ def run(run_uri: str, *, store: Store, tracker: Tracker, seconds: float = PROMOT
         TrackingError: the server did not answer in time, or refused. The weights are safe.
     """
     plan = Plan.load(store, run_uri)
-    evaluation = store.require(evaluation_uri(plan, store)).content_id
     result = json.loads(store.read(join(evaluation_uri(plan, store), EVALUATION)))
     weights = checkpoint_uri(plan.rounds[-1])
-    names = plan.recipe.promote
+    wanted = plan.recipe.promote
+    alias = wanted.candidate_alias if wanted.policy == "manual" else wanted.alias
     trained = known(weights, store) or store.require(weights)
-    blank = Release("disabled", names.model_name, None, names.alias, logbook.absolute(weights), trained.content_id)
+    blank = Release("disabled", wanted.model_name, None, alias, logbook.absolute(weights), trained.content_id)
 
-    registry = tracker.registry(names.model_name)
+    registry = tracker.registry(wanted.model_name)
     if not result["decision"]["passed"]:
         release = replace(blank, status="refused", reasons=("the gate said no", *result["decision"]["reasons"]))
-    elif not names.enabled:
-        release = replace(blank, status="refused", reasons=("promote.enabled is false in the recipe",))
+    elif wanted.policy == "never":
+        release = replace(blank, status="refused", reasons=("promote.policy is never in the recipe, or output_promote is off",))
     elif registry is None:
         release = replace(blank, reasons=("no registry: set tracking.uri in the recipe, or MLFLOW_TRACKING_URI",))
     else:
-        wish = _Wish(plan, store, registry, blank, _tags(plan, store, blank, evaluation, result))
-        release = _patiently(wish.fulfil, seconds=seconds, weights=blank.checkpoint_uri)
-    record = json.dumps(asdict(release), indent=1, ensure_ascii=False)
-    done_before = release.status == "already-promoted"  # then the record is there already, unless we were killed before it
-    store.write(join(release_uri(plan, store), "release.json"), record.encode(), if_absent=done_before)
+        release = _patiently(_Wish(plan, store, registry, blank, result).fulfil, seconds=seconds, weights=blank.checkpoint_uri)
+    place = join(release_uri(plan, store), "release.json")
+    if release.status != "already-promoted" or not _is_promoted(store, place):  # a person may have approved it since
+        store.write(place, json.dumps(asdict(release), indent=1, ensure_ascii=False).encode())
     return release
 
 
-def _tags(plan: Plan, store: Store, release: Release, evaluation_id: str, evaluation: Mapping[str, Any]) -> dict[str, str]:
+def _is_promoted(store: Store, place: str) -> bool:
+    return store.stat(place) is not None and json.loads(store.read(place))["status"] == "promoted"
+
+
+def _tags(plan: Plan, store: Store, release: Release, evaluation: Mapping[str, Any]) -> dict[str, str]:
     """What a version says about itself: whose it is, made from what, how good."""
+    identity, evaluated = logbook.identity(plan), evaluation_uri(plan, store)
     tags = {
-        "camopd.run_id": logbook.identity(plan).run_id,
+        "camopd.run_id": identity.run_id,
         "camopd.run_uri": logbook.absolute(plan.run_uri),
-        "camopd.content_id": release.content_id,
-        "camopd.alias": release.alias,
-        "camopd.evaluation": evaluation_id,
+        "camopd.policy": plan.recipe.promote.policy,
+        "camopd.alias": plan.recipe.promote.alias,
+        "camopd.candidate_alias": plan.recipe.promote.candidate_alias,
+        "camopd.evaluation": store.require(evaluated).content_id,
+        "camopd.report": logbook.absolute(join(evaluated, REPORT)),
         "camopd.settings": digest(training_config(plan.recipe, plan.content_ids)),
+        CONTENT_ID: release.content_id,
+        EXPORT_ID: store.require(release.checkpoint_uri).content_id,
     }
+    code = {"camopd.version": "camopd.version", "mlflow.source.git.commit": "camopd.git_sha"}
+    code |= {name: name for name in logbook.ATTEMPT_TAGS}
+    tags |= {name: identity.tags[told] for told, name in code.items() if told in identity.tags}
     tags |= {f"camopd.content_id.{name}": content_id for name, content_id in plan.content_ids.items()}
     if plan.recipe.train.lora and plan.recipe.train.lora.output == "adapter":
         base = logbook.absolute(plan.weights(plan.recipe.student, store).base)
@@ -128,38 +147,19 @@ def _patiently(act: Callable[[], Release], *, seconds: float, weights: str) -> R
             time.sleep(pause)
 
 
-# --- Who may move the alias (pure) ----------------------------------------------------------------------------------------
-
-
-def pending(now: float) -> dict[str, str]:
-    """Tags of a version whose promotion is under way since ``now`` (seconds since 1970)."""
-    return {"camopd.status": "pending", "camopd.since": f"{now:.0f}"}
-
-
-def rival(mine: Version, versions: Iterable[Version], *, now: float) -> Version | None:
-    """An older version of another recovery whose promotion to the same alias is under way."""
-    for version in versions:
-        tags = version.tags
-        other = version.number < mine.number and tags.get("camopd.alias") == mine.tags["camopd.alias"]
-        if other and tags.get("camopd.status") == "pending" and now - float(tags.get("camopd.since", 0)) < PENDING_SECONDS:
-            return version
-    return None
-
-
-def obstacle(mine: Version, versions: Iterable[Version], start: AliasAtStart, current: int | None, *, now: float) -> str:
+def obstacle(mine: Version, versions: Sequence[Version], start: AliasAtStart, current: int | None) -> str:
     """Why the alias must not be moved to ``mine``, or nothing.
 
     Args:
         mine: the version to point to.
-        versions: all versions of the model, read before ``current``: whoever was pending then may have moved the alias since.
+        versions: all versions of the model.
         start: where the alias pointed when the run started.
         current: where it points now.
-        now: seconds since 1970.
     """
     known = {version.number: version for version in versions}
-    ahead = rival(mine, known.values(), now=now)
-    if ahead is not None:
-        return f"version {ahead.number} came first and is being promoted"
+    status = known[mine.number].tags.get(STATUS) if mine.number in known else "deleted"
+    if status in (*LEFT, "deleted"):
+        return f"version {mine.number} was {status} meanwhile"
     own = current in known and known[current].tags.get("camopd.run_id") == mine.tags["camopd.run_id"]  # fewer rounds, earlier
     if current in (mine.number, start.version) or own:
         return ""
@@ -179,52 +179,119 @@ class _Wish:
         store: where the weights are.
         registry: the registered model.
         release: what to report, still blank.
-        tags: of the version.
+        evaluation: content of evaluation.json.
     """
 
     plan: Plan
     store: Store
     registry: Registry
     release: Release
-    tags: Mapping[str, str]
+    evaluation: Mapping[str, Any]
 
     def fulfil(self) -> Release:
         mine = self._mine()
-        if mine is not None and mine.tags.get("camopd.status") == "promoted":
-            return replace(self.release, status="already-promoted", version=mine.number)
-        require_files(self.release.checkpoint_uri, self.store)
-        damage = self.store.verify(self.release.checkpoint_uri, deep=True)
-        if damage:
-            return replace(self.release, status="refused", reasons=tuple(damage))
-        now = pending(time.time())
-        if mine is None:
-            added = self.registry.add(self.release.checkpoint_uri, {**self.tags, **now}, logbook.identity(self.plan))
-            mine = self._mine()
-            assert mine is not None, "the version that was added is not there"
-            if mine.number != added.number:  # two attempts at once, or a request that was sent again: the first one stays
-                self.registry.remove(added.number)
-        else:
-            self.registry.tag(mine.number, now)
-        status, reasons = self._move(mine)
-        self.registry.tag(mine.number, {"camopd.status": status})
-        return replace(self.release, status=status, version=mine.number, reasons=reasons)
+        status: Any = mine.tags.get(STATUS) if mine else None
+        if mine and status == "promoted":
+            return replace(self._of(mine), status="already-promoted", alias=self.plan.recipe.promote.alias)
+        if mine and (status in LEFT or (status in SETTLED and self._is_manual)):
+            return replace(self._of(mine), status=status, reasons=_told(mine))
+        if wrong := damage(mine, self.registry, self.store) if mine else self._export():
+            return replace(self.release, status="refused", reasons=tuple(wrong))
+        mine = mine or self._add()
+        status, reasons = self._offer(mine) if self._is_manual else self._move(mine)
+        return replace(self._of(mine), status=status, reasons=reasons)
+
+    @property
+    def _is_manual(self) -> bool:
+        return self.plan.recipe.promote.policy == "manual"
+
+    def _of(self, mine: Version) -> Release:
+        return replace(self.release, version=mine.number, checkpoint_uri=mine.tags[URI])
 
     def _mine(self) -> Version | None:
         """The first version of this run and these weights for this alias."""
-        ours = ("camopd.run_id", "camopd.content_id", "camopd.alias")
-        same = (v for v in self.registry.versions() if all(v.tags.get(name) == self.tags[name] for name in ours))
+        ours = {
+            "camopd.run_id": logbook.identity(self.plan).run_id,
+            "camopd.alias": self.plan.recipe.promote.alias,
+            CONTENT_ID: self.release.content_id,
+        }
+        same = (v for v in self.registry.versions() if all(v.tags.get(name) == text for name, text in ours.items()))
         return next(same, None)
 
+    def _export(self) -> Sequence[str]:
+        """Make the export, or read every file of the one that is there; what is wrong with it."""
+        place = release_uri(self.plan, self.store)
+        if self.store.manifest(export_uri(place)) is not None:
+            return self.store.verify(export_uri(place), deep=True)
+        try:
+            export(self.plan, place, self.store)
+        except (DamagedError, MissingError) as error:
+            return [str(error)]
+        return ()
+
+    def _add(self) -> Version:
+        """A version with the status pending, the first of those that several attempts have made."""
+        exported = logbook.absolute(export_uri(release_uri(self.plan, self.store)))
+        tags = _tags(self.plan, self.store, replace(self.release, checkpoint_uri=exported), self.evaluation)
+        added = self.registry.add(exported, {**tags, STATUS: "pending"}, logbook.identity(self.plan))
+        mine = self._mine()
+        assert mine is not None, "the version that was added is not there"
+        if mine.number != added.number:  # two attempts at once, or a request that was sent again
+            self.registry.remove(added.number)
+        return mine
+
+    @property
+    def _actor(self) -> Actor:
+        return Actor(logbook.identity(self.plan).run_id, "the gate said yes")
+
     def _move(self, mine: Version) -> tuple[Status, tuple[str, ...]]:
-        alias, start = self.release.alias, alias_at_start(self.plan, self.store)
+        """Policy auto: the alias goes to the version, if it is where it was when the run started."""
+        alias, start = self.plan.recipe.promote.alias, alias_at_start(self.plan, self.store)
         if not start.known:
-            return "alias-unverified", (f"nobody knows where the alias {alias} pointed when the run started; move it by hand",)
-        versions = self.registry.versions()
-        reason = obstacle(mine, versions, start, self.registry.aliased(alias), now=time.time())
-        if reason:
-            return "superseded", (reason,)
-        self.registry.point(alias, mine.number)
-        current = self.registry.aliased(alias)
-        if current != mine.number:
-            return "superseded", (f"the alias {alias} was moved to version {current} at the same time",)
-        return "promoted", ()
+            fix = f"look at both, then `camopd approve {self.release.model_name} --version {mine.number}`"
+            reason = f"nobody knows where the alias {alias} pointed when the run started; {fix}"
+            return self._left("alias-unverified", mine, reason)
+        reason = move(
+            self.registry,
+            Move(alias, mine.number, "promoted", self._actor),
+            lambda versions, current: obstacle(mine, versions, start, current),
+            then=lambda versions: withdraw(self.registry, mine),
+        )
+        return self._left("superseded", mine, reason) if reason else ("promoted", ())
+
+    def _offer(self, mine: Version) -> tuple[Status, tuple[str, ...]]:
+        """Policy manual: the version waits under the candidate's alias, in place of an older one."""
+        alias = self.plan.recipe.promote.candidate_alias
+
+        def newer(versions: Sequence[Version], current: int | None) -> str:
+            later = current is not None and current > mine.number
+            return f"version {current}, which is newer, has the alias {alias}" if later else ""
+
+        def retire(versions: Sequence[Version]) -> None:
+            for other in versions:
+                waits = other.tags.get(STATUS) == "candidate" and other.tags.get("camopd.candidate_alias") == alias
+                if waits and other.number != mine.number:
+                    self._left("superseded-candidate", other, f"version {mine.number} waits in its place")
+
+        wish = Move(alias, mine.number, "candidate", self._actor, status="candidate")
+        reason = move(self.registry, wish, newer, then=retire)
+        return self._left("superseded-candidate", mine, reason) if reason else ("candidate", _next(self.release, mine))
+
+    def _left(self, status: Status, version: Version, reason: str) -> tuple[Status, tuple[str, ...]]:
+        """Write down, once, that a version has no alias, and why."""
+        if version.tags.get(STATUS) != status:
+            alias = self.plan.recipe.promote.alias
+            event = Event(now(self.registry.versions()), "superseded", version.number, alias, by=self._actor.by, why=reason)
+            self.registry.tag(version.number, {**event.tag(), STATUS: status})
+        return status, (reason,)
+
+
+def _told(mine: Version) -> tuple[str, ...]:
+    """What people have said of a version that is left as it is."""
+    who, why = mine.tags.get("camopd.decided_by"), mine.tags.get("camopd.decided_why")
+    return (f"{mine.tags[STATUS]} by {who}: {why}",) if who else ()
+
+
+def _next(release: Release, mine: Version) -> tuple[str, ...]:
+    """What there is to do about a version that waits."""
+    return (f"it waits: `camopd approve {release.model_name} --version {mine.number} --by YOU --why TEXT`, or reject",)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from camopd import plan as layout
-from camopd.checkpoint import STEPS, load_state, snapshot
+from camopd.checkpoint import load_state, snapshot
 from camopd.config import Recipe
 from camopd.diagnostics import measure
 from camopd.engines.transformers import device, output_head
@@ -25,7 +25,7 @@ from camopd.errors import UnhealthyRunError
 from camopd.group import Group, current
 from camopd.lora import Output, load_student
 from camopd.partial import Partial, forget_partial
-from camopd.plan import Plan
+from camopd.plan import STEPS, Plan
 from camopd.progress import Progress
 from camopd.records import read_table
 from camopd.runtime import set_threads

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("components.md",)
+PAGES = ("components.md", "promotion.md")
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NOT_RUN, YOURS = "# not run: ", "# yours:"
 
@@ -34,9 +34,10 @@ def checkout(folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_a_page_run(page, tmp_path):
+def test_the_commands_of_a_page_run(page, tmp_path, s3_prefix, mlflow_server):
     script = "\n".join(block for block in blocks(page) if not block.startswith((NOT_RUN, YOURS)))
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "src:."}
+    environment |= {"MLFLOW_TRACKING_URI": mlflow_server, "RUNS": f"{s3_prefix}/runs"}
     done = subprocess.run(
         ["bash", "-euxo", "pipefail", "-c", script],
         cwd=checkout(tmp_path / "checkout"),

@@ -141,7 +141,7 @@ def test_the_shipped_recipe_runs_with_nothing_but_the_image(image, inside):
     settings = SMALL | {
         "output": "/tmp/runs",
         "num_rounds": "1",
-        "promote.enabled": "false",
+        "promote.policy": "never",
         "tracking.uri": "sqlite:////tmp/m.db",
     }
     if image == "inference":

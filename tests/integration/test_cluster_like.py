@@ -8,7 +8,9 @@ import mlflow
 import pytest
 
 from camopd import plan as layout
+from camopd.export import export_uri
 from camopd.plan import Plan
+from camopd.promote import release_uri
 from camopd.store import Store
 from pipelines.runner import run_compiled
 from tests.fixtures.s3 import S3Server
@@ -53,11 +55,11 @@ def test_the_compiled_pipeline_on_s3_with_mlflow_over_http(s3_server, s3_prefix,
     (name,) = {file.name.split("/")[0] for file in store.list(f"{s3_prefix}/runs") if file.name.endswith("/recipe.json")}
     run_uri = f"{s3_prefix}/runs/{name}"
     plan = Plan.load(store, run_uri)
-    checkpoint = layout.checkpoint_uri(plan.rounds[-1])
-    assert not store.verify(checkpoint, deep=True)
+    exported = export_uri(release_uri(plan, store))
+    assert not store.verify(exported, deep=True)
 
     client = mlflow.MlflowClient(mlflow_server)
-    assert client.get_model_version_by_alias("on-s3", "champion").source == checkpoint
+    assert client.get_model_version_by_alias("on-s3", "champion").source == exported
     experiment = client.get_experiment_by_name("camopd")
     (parent,) = client.search_runs([experiment.experiment_id], f"tags.`camopd.run_id` = '{name}'")
     nested = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")

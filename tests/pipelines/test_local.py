@@ -92,7 +92,7 @@ def test_without_a_failed_task_the_log_s_end_is_shown():
 
 
 def test_keys_and_fields_are_both_understood():
-    assert run_form(["seed=2", "method_num_rounds=3", "notes=a=b", "promote.enabled=false"]) == {
+    assert run_form(["seed=2", "method_num_rounds=3", "notes=a=b", "output_promote=false"]) == {
         "method_seed": "2",
         "method_num_rounds": "3",
         "output_notes": "a=b",
@@ -103,6 +103,8 @@ def test_keys_and_fields_are_both_understood():
 def test_what_the_run_form_lacks_is_refused():
     with pytest.raises(InputError, match="did you mean 'method_seed'"):
         run_form(["method_sed=1"])
+    with pytest.raises(InputError, match=r"promote\.policy: the run form has no such field"):  # it has a switch
+        run_form(["promote.policy=manual"])
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,10 @@ def test_what_the_run_form_lacks_is_refused():
         (
             {"version": 3, "status": "promoted", "model_name": "m", "alias": "champion"},
             "m version 3, alias champion (promoted)",
+        ),
+        (
+            {"version": 3, "status": "candidate", "model_name": "m", "alias": "candidate", "reasons": ["it waits: `camopd"]},
+            "m version 3, alias candidate (candidate); it waits: `camopd",
         ),
     ],
 )

@@ -56,7 +56,7 @@ def test_false_and_empty_are_meant_and_no_rounds_is_refused():
     (problem,) = refusal("falsy").problems
     assert problem.where == "method_num_rounds"
     recipe = load_recipe(RECIPE, form(output_promote=False, output_notes=""))
-    assert (recipe.promote.enabled, recipe.notes) == (False, "")
+    assert (recipe.promote.policy, recipe.notes) == ("never", "")
 
 
 def test_numbers_may_be_typed_as_text():

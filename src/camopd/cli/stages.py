@@ -104,10 +104,10 @@ def evaluate(run_uri: RunArgument) -> None:
 
 
 def promote(run_uri: RunArgument) -> None:
-    """Register the recovered model in MLflow and move the alias, if the gate said yes.
+    """Register the recovered model in MLflow and move the alias, if the gate said yes and the recipe's policy allows.
 
-    **Reads** `evaluation/<id>/` and the last checkpoint, every file of which is verified. **Writes**
-    `release/<id>/release.json` and a registry version that points at the weights where they are.
+    **Reads** `evaluation/<id>/` and the last checkpoint. **Writes** `release/<id>/model/`, every file of which is verified,
+    a registry version that points to it, and `release/<id>/release.json`.
 
     Example: `camopd promote runs/micro-0123456789ab`
     """

@@ -25,9 +25,11 @@ FORM_FIELDS = {
     "output_alias": "promote.alias",
     "output_model_name": "promote.model_name",
     "output_notes": "notes",
-    "output_promote": "promote.enabled",
+    "output_promote": "promote.policy",
     "output_uri": "output",
 }
+SWITCH = "output_promote"  # the form has no list of words to choose from: off is "never", on is as the recipe says
+_SWITCHED = {"true": True, "1": True, "false": False, "0": False}
 ROLE_FIELDS = {  # of the single branch that has the role
     "input_domain_prompts_uri": ("retain", "prompts"),
     "input_general_model_uri": ("recover", "teacher"),
@@ -58,6 +60,12 @@ def apply_parameters(
     for parameter, value in parameters.items():
         if isinstance(value, str) and value == AS_IN_RECIPE:
             continue
+        if parameter == SWITCH:
+            if (on := _SWITCHED.get(str(value).strip().lower())) is None:
+                problems.append(Problem(parameter, f"true or false is expected, not {value!r:.80}", "off registers nothing"))
+            if on is not False:
+                continue
+            value = "never"
         path = _target(parameter, keys, branches)
         if isinstance(path, Problem):
             problems.append(path)

@@ -198,9 +198,21 @@ class Gate(Section):
 class Promote(Section):
     """Where a passed model goes."""
 
-    enabled: bool = Field(True, description="False: evaluate and decide, register nothing.")
+    policy: Literal["auto", "manual", "never"] = Field(
+        "auto", description="The gate moves the alias; or a passed model waits for `camopd approve`; or nothing is registered."
+    )
     model_name: ModelName = Field("camopd-recovered", description="Registered model in MLflow.")
     alias: Alias = Field("champion", description="Alias that moves to the new version.")
+    candidate_alias: Alias = Field(
+        "candidate", validate_default=True, description="Alias of the version that waits, with policy manual."
+    )
+
+    @field_validator("candidate_alias")
+    @classmethod
+    def _apart(cls, candidate: str, info: ValidationInfo) -> str:
+        if info.data.get("policy") == "manual" and candidate == info.data.get("alias"):
+            raise ValueError(f"candidate_alias and alias are both {candidate!r}: a version that waits would be in use already")
+        return candidate
 
 
 class Tracking(Section):

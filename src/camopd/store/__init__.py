@@ -23,6 +23,7 @@ from typing import Any
 from camopd import __version__
 from camopd.errors import MissingError, StoreError
 from camopd.runtime import accelerators, together
+from camopd.store.copies import Copies
 from camopd.store.local import LocalBackend, content_of, local_path, scratch
 from camopd.store.manifest import MANIFEST, FileInfo, Manifest, canonical, content_id_of, digest, sha256_file
 from camopd.store.prefetch import Prefetcher
@@ -33,6 +34,7 @@ from camopd.store.uris import check_uri, is_s3, join, parent
 __all__ = [
     "MANIFEST",
     "Backend",
+    "Copies",
     "FileInfo",
     "Manifest",
     "Store",
@@ -271,6 +273,7 @@ class Store:
         inputs: Mapping[str, str],
         write: Callable[[Path], Mapping[str, Any]],
         writers: Writers | None = None,
+        copies: Copies | None = None,
         keep: bool = True,
     ) -> Manifest:
         """Make the prefix by ``write(folder) -> metrics`` unless it is finished already; the manifest goes last.
@@ -288,10 +291,12 @@ class Store:
             inputs: content id of each input.
             write: fills an empty local folder and returns the headline numbers (they are not part of the content).
             writers: this process among those that write the prefix, if there are several; the first one's numbers count.
-            keep: leave what goes to S3 in the cache, too, so that it need not be fetched where it was made.
+            copies: files of a finished prefix that become part of this one: links on a disk, copied by the server on S3.
+            keep: leave what goes to S3 in the cache, too, so that it need not be fetched where it was made; never with copies.
 
         Raises:
             StoreError: the prefix was made from other inputs or another configuration.
+            DamagedError: a copy is not what the manifest of its prefix says.
         """
         config, inputs = canonical(config), canonical(inputs)
         writers = writers or Alone()
@@ -305,10 +310,13 @@ class Store:
             stack.callback(self._sending.pop, folder)
             begun, waited = time.monotonic(), self.waited()
             metrics = canonical(write(folder))
+            taken = copies.bring(folder, uri, self._backend(uri), self._sha256) if copies else []
             content = content_of(folder)
             for _, path in content:
                 sending.add(path)
-            own = [FileInfo(name, path.stat().st_size, sha256_file(path)) for name, path in content]  # while they go up
+            own = taken + [FileInfo(name, path.stat().st_size, sha256_file(path)) for name, path in content]  # while they go up
+            if copies:
+                copies.compare(self.require(copies.uri), own)
             with self._waiting():
                 sent = sending.wait()
             said = {"folder": str(folder), "files": [[file.name, file.size, file.sha256] for file in own]}
@@ -326,7 +334,7 @@ class Store:
                     seconds=round(time.monotonic() - begun, 3),
                     seconds_waited=round(self.waited() - waited, 3),
                     created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                    software={"camopd": __version__, "python": platform.python_version()},
+                    software=_software(),
                     resources=together((part["machine"], part["held"]) for part in parts),
                 )
                 (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -334,7 +342,7 @@ class Store:
                 published = sent and self._backend(uri).publish(folder, uri, others)
             writers.gather(None)  # nobody's folder goes before its files are taken
             if manifest and published:
-                if keep and is_s3(uri) and len(parts) == 1:
+                if keep and not copies and is_s3(uri) and len(parts) == 1:
                     self._local.publish(folder, str(self._place(manifest.files)))
                 return manifest
         return self.finished(uri, stage=stage, config=config, inputs=inputs) or self.require(uri)
@@ -357,6 +365,11 @@ class Store:
 def _made_by(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
     flat = {f"config.{key}": value for key, value in config.items()} | {f"inputs.{key}": value for key, value in inputs.items()}
     return {"stage": stage, **flat}
+
+
+def _software() -> dict[str, str]:
+    image = os.environ.get("CAMOPD_IMAGE_DIGEST")
+    return {"camopd": __version__, "python": platform.python_version()} | ({"image_digest": image} if image else {})
 
 
 def _default_cache() -> Path:

@@ -36,6 +36,12 @@ class Backend(Protocol):
         Once ``stop`` is set it ends soon, by an error.
         """
 
+    def take(self, source: str, target: str, path: Path) -> bool:
+        """Bring a file of this store to a prefix that is being made from a folder.
+
+        True: it lies at ``target``, and its bytes did not come here. False: it lies at ``path`` in the folder, to be published.
+        """
+
     def sending(self, folder: Path, uri: str) -> AbstractContextManager[Sending]:
         """Bring files of a folder to the prefix while others are still written. An error or an interruption leaves nothing."""
 

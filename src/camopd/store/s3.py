@@ -44,6 +44,8 @@ _ATTEMPTS = 8  # of one request, the first included
 _STREAM_ATTEMPTS = 4  # of reading a response that breaks off, which botocore does not repeat
 # Without "classic" boto3 may hand transfers to the CRT on some machines, which ignores the settings made here.
 _TRANSFER = TransferConfig(preferred_transfer_client="classic")
+# CopyObject takes 5 GB at most and answers when all is done; above this size parts are copied side by side (UploadPartCopy).
+_COPY = TransferConfig(multipart_threshold=1 << 30, multipart_chunksize=256 << 20, preferred_transfer_client="classic")
 
 _SENTENCES = {
     ("NoSuchBucket",): "there is no bucket {bucket} at {endpoint}; create it, or correct its name or AWS_ENDPOINT_URL_S3",
@@ -206,6 +208,25 @@ class S3Backend:
                 with explained(str(path)), self._explained(uri):
                     future.result()
                 yield uri
+
+    def take(self, source: str, target: str, path: Path) -> bool:
+        there = self.stat(source)
+        if there is None:
+            raise MissingError(f"{source}: there is no such object at {self._client.meta.endpoint_url}")
+        with self._explained(source):
+            try:
+                place = _address(target)
+                self._client.copy(_address(source), place["Bucket"], place["Key"], Config=_COPY)
+                copy = self.stat(target)
+                if copy is not None and copy.size == there.size:
+                    return True  # else a server that does not know the header has written an empty object
+            except ClientError as error:
+                if _status(error) != 501:
+                    raise
+        _log.info("%s copies nothing by itself: %s comes by way of this machine", self._client.meta.endpoint_url, source)
+        for _ in self.download({source: path}):
+            pass
+        return False
 
     @contextlib.contextmanager
     def sending(self, folder: Path, uri: str) -> Iterator[Uploads]:

@@ -35,10 +35,11 @@ class OutageError(TrackingError):
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a registered model."""
+    """A version of a registered model: its number, its tags, and when it was made, in seconds since 1970."""
 
     number: int
     tags: Mapping[str, str]
+    created: float = 0.0
 
 
 class RunLog(Protocol):
@@ -72,8 +73,17 @@ class Registry(Protocol):
     def tag(self, version: int, tags: Mapping[str, str]) -> None:
         """Set tags of a version."""
 
+    def untag(self, version: int, tag: str) -> None:
+        """Remove a tag of a version, if it is there."""
+
     def point(self, alias: str, version: int) -> None:
         """Move an alias, wherever it points now."""
+
+    def unpoint(self, alias: str) -> None:
+        """Take an alias away, if it is there."""
+
+    def files(self, version: int) -> list[str]:
+        """Names of what the registry itself finds at the top of a version's source."""
 
 
 class Tracker(Protocol):

@@ -27,7 +27,7 @@ from camopd.past import known
 from camopd.plan import Plan
 from camopd.rounds import stop_reason
 from camopd.shards import waiting_share
-from camopd.store import Manifest, Store, digest, is_s3, join, parent
+from camopd.store import Manifest, Store, digest, is_s3, join
 
 MAX_PARAM_LENGTH = 6000  # MLflow cuts a longer parameter without a word
 MAX_TAG_LENGTH = 5000  # SQL stores hold this much
@@ -263,8 +263,10 @@ def entries(plan: Plan, store: Store) -> Iterator[Entry]:
     if books := _books(plan, store):  # when it has ended: a look at every manifest
         yield Entry("ledger", digest(books), partial(_ledger, plan, books, store))
     for file in store.list(join(plan.run_uri, "release")):
-        text = store.read(join(plan.run_uri, "release", file.name)).decode()
-        yield Entry(f"release-{parent(file.name)}", digest(text), partial(_release, text))
+        name, _, below = file.name.partition("/")
+        if below == "release.json":  # beside it lies the model
+            text = store.read(join(plan.run_uri, "release", file.name)).decode()
+            yield Entry(f"release-{name}", digest(text), partial(_release, text))
 
 
 def _settings(recipe: Mapping[str, Any]) -> Facts:

@@ -298,7 +298,7 @@ class MlflowRegistry:
         found, token = [], None
         while True:
             page = self._client.search_model_versions(f'name = "{self._name}"', page_token=token)
-            found += [Version(int(version.version), dict(version.tags)) for version in page]
+            found += [Version(int(one.version), dict(one.tags), one.creation_timestamp / 1000) for one in page]
             token = page.token
             if not token:
                 return sorted(found, key=lambda version: version.number)
@@ -352,5 +352,20 @@ class MlflowRegistry:
             self._client.set_model_version_tag(self._name, str(version), name, value)
 
     @_asks
+    def untag(self, version: int, tag: str) -> None:
+        self._client.delete_model_version_tag(self._name, str(version), tag)
+
+    @_asks
     def point(self, alias: str, version: int) -> None:
         self._client.set_registered_model_alias(self._name, alias, str(version))
+
+    @_asks
+    def unpoint(self, alias: str) -> None:
+        self._client.delete_registered_model_alias(self._name, alias)
+
+    @_asks
+    def files(self, version: int) -> list[str]:
+        from mlflow.artifacts import list_artifacts
+
+        place = self._client.get_model_version_download_uri(self._name, str(version))
+        return [file.path for file in list_artifacts(place, tracking_uri=self._tracker._tracking_uri)]
