@@ -2,10 +2,11 @@ from components import component
 
 
 @component
-def begin(round_uri: str) -> str:
+def begin(job: str, round_uri: str) -> str:
     """Decide, from the run's records alone, whether a round may start. Needs no GPU: everything dear stands behind it.
 
     Args:
+        job: Id of this pipeline run, which says here that it is still at work.
         round_uri: Prefix of the round.
 
     Returns:
@@ -14,4 +15,4 @@ def begin(round_uri: str) -> str:
     """
     from camopd.workflow import begin
 
-    return begin(round_uri)
+    return begin(round_uri, job=job)

@@ -20,6 +20,7 @@ def prepare(
     output_promote: bool,
     output_uri: str,
     recipe: str,
+    schedule_name: str,
     headline: dsl.Output[dsl.Metrics],
     settings: dsl.Output[dsl.Markdown],
 ) -> list[str]:
@@ -41,6 +42,7 @@ def prepare(
         output_promote: Off: register nothing; on: as the recipe says.
         output_uri: Folder or s3:// prefix of the run.
         recipe: Name or location of the recipe.
+        schedule_name: The schedule that has started the run; "none" is somebody.
         headline: What was found, in numbers.
         settings: The effective settings.
 
@@ -50,7 +52,7 @@ def prepare(
     form = {name: value for name, value in locals().items() if name.startswith(("input_", "method_", "output_"))}
     from camopd.workflow import prepare
 
-    done = prepare(recipe, {name: value for name, value in form.items() if value is not True}, job=job)
+    done = prepare(recipe, {name: value for name, value in form.items() if value is not True}, job=job, schedule=schedule_name)
     with open(settings.path, "w", encoding="utf-8") as file:
         file.write(done.document)
     for name, value in done.metrics.items():

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from camopd import claims
 from camopd import plan as layout
 from camopd.attempts import TERMINATED, attempt, cut_offs, heeding_sigterm, remedy, silent_stages
 from camopd.config import load_recipe
@@ -137,17 +138,28 @@ def job_uri(recipe: str, output_uri: str, job: str) -> str:
 
     Both know the recipe and the output alone to find it by, since other values may be what is wrong. Raises InputError.
     """
-    return join(load_recipe(recipe, {"output_uri": output_uri}).output, "jobs", f"{job}.json")
+    return job_place(load_recipe(recipe, {"output_uri": output_uri}).output, job)
+
+
+def job_place(output: str, job: str) -> str:
+    return join(output, "jobs", f"{job}.json")
 
 
 @contextlib.contextmanager
-def job_record(recipe: str, output_uri: str, job: str, *, store: Store) -> Iterator[dict[str, str]]:
-    """Give a record to fill with ``run``; on an error of ours it gets the ``reason``. Written when there is a job to name."""
-    record: dict[str, str] = {}
+def job_record(recipe: str, output_uri: str, job: str, *, stage: str, store: Store) -> Iterator[dict[str, Any]]:
+    """Give the record of a pipeline run, as far as it has come; on an error of ours it gets the ``reason`` and the stage.
+
+    Keys: ``run``, the recovery's prefix; ``claim``, its claim's (camopd.claims); ``models``, what names in a registry stand
+    for; ``skipped``, why a tick ends here; ``beside``, another run that is at work on the model. Written when there is a job.
+    """
+    record: dict[str, Any] = {}
+    if job:
+        with contextlib.suppress(CamopdError):  # what is wrong with the recipe or the store is said where it is used
+            record = _read(job_uri(recipe, output_uri, job), store)
     try:
         yield record
     except CamopdError as error:
-        record["reason"] = str(error)
+        record |= {"reason": str(error), "stage": stage}
         raise
     finally:
         if job and record:
@@ -169,16 +181,37 @@ def describe_job(recipe: str, output_uri: str, job: str, *, succeeded: bool, sto
         record = _read(job_uri(recipe, output_uri, job), store)
     except CamopdError as error:
         record = {"reason": str(error)}
+    if "skipped" in record:
+        return _page("was not started", {"Schedule": record["skipped"]})
     if "run" in record:
-        return describe(record["run"], succeeded=succeeded, store=store)
+        beside = {"Beside it": f"run {record['beside']} was at work on this model, and goes on"} if "beside" in record else {}
+        return describe(record["run"], succeeded=succeeded, store=store, more=beside)
     reason = record.get("reason", "prepare left no word; read the log of its task")
-    return _page("failed in prepare", {"Reason": reason, "Next": "Mend what is named and start it again; nothing was spent."})
+    fix = "Mend what is named and start it again; nothing was spent."
+    return _page(f"failed in {record.get('stage', 'prepare')}", {"Reason": reason, "Next": fix})
 
 
-def describe(run_uri: str, *, succeeded: bool, store: Store) -> str:
-    """Markdown on a run: how it ended, where it stands, and what to do next."""
+def claim_for_job(plan: Plan, job: str, record: dict[str, Any], store: Store) -> None:
+    """Claim the run's model for a pipeline run, also where another is at work on it, and keep in the job's record which."""
+    record["claim"] = claims.claims_uri(plan.recipe.output, plan.content_ids["student"])
+    other = claims.take(record["claim"], job, store, by_hand=True)
+    if other is not None:
+        record["beside"] = other.job
+
+
+def release_job(recipe: str, output_uri: str, job: str, *, store: Store) -> None:
+    """Give the model back that a pipeline run has claimed. What fails is left to the claim's end."""
+    with contextlib.suppress(CamopdError):
+        claim = _read(job_uri(recipe, output_uri, job), store).get("claim")
+        if claim is not None:
+            claims.release(claim, job, store)
+
+
+def describe(run_uri: str, *, succeeded: bool, store: Store, more: Mapping[str, str] | None = None) -> str:
+    """Markdown on a run: how it ended, where it stands, and what to do next; ``more`` are lines of the caller's."""
     plan = Plan.load(store, run_uri)
-    lines = {"Run": f"`{run_uri}`", "Rounds finished": f"{_rounds_finished(plan, store)} of {plan.recipe.num_rounds}"}
+    lines = dict(more or {})
+    lines |= {"Run": f"`{run_uri}`", "Rounds finished": f"{_rounds_finished(plan, store)} of {plan.recipe.num_rounds}"}
     if silent := cut_offs(run_uri, store):
         counted = ", ".join(f"{count} of {name}" for name, count in silent.items())
         lines["Attempts that ended without a word"] = f"{counted} (killed, exit 137, often for lack of memory)"
@@ -212,7 +245,7 @@ def _rounds_finished(plan: Plan, store: Store) -> int:
     return sum(store.manifest(layout.checkpoint_uri(uri)) is not None for uri in plan.rounds)
 
 
-def _read(uri: str, store: Store) -> dict[str, str]:
+def _read(uri: str, store: Store) -> dict[str, Any]:
     return json.loads(store.read(uri)) if store.stat(uri) is not None else {}
 
 

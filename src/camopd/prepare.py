@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from camopd.config import Branch, Recipe, cautions
 from camopd.errors import EngineError, InputError, Problem, StoreError
 from camopd.inputs.served import Probe, ServedModel, check_same, examine, records
 from camopd.plan import TEMPLATE, Plan, plan_uri, run_id, training_config
+from camopd.recipe.registered import is_registered
 from camopd.recipe.served import is_served
 from camopd.store import Store
 from camopd.store.uris import join
@@ -21,7 +22,7 @@ from camopd.store.uris import join
 _NUM_SHOWN = 20  # overlapping items that a message lists
 
 
-def run(recipe: Recipe, *, store: Store) -> Plan:
+def run(recipe: Recipe, *, store: Store, earlier: Sequence[Problem] = ()) -> Plan:
     """Check a recipe against its models, prompts and tasks, and make the run's plan unless it is made already.
 
     ``<run>/recipe.json`` and ``<run>/settings.md`` are written each time, ``<run>/plan/`` once.
@@ -29,6 +30,7 @@ def run(recipe: Recipe, *, store: Store) -> Plan:
     Args:
         recipe: what is wanted.
         store: where the inputs lie and the run is written.
+        earlier: what was found to be wrong with the recipe before; models that are still names in a registry are among it.
 
     Raises:
         InputError: every problem found; none of them needs a model to be loaded. Served teachers are asked.
@@ -36,7 +38,7 @@ def run(recipe: Recipe, *, store: Store) -> Plan:
     """
     served, faults = examine(recipe, store)
     content_ids, problems = resolve(recipe, store, {location: model.content_id for location, model in served.items()})
-    problems += faults
+    problems = [*earlier, *problems, *faults]
     problems += check_output(recipe.output, store)
     problems += check_evaluation(recipe, content_ids, store)
 
@@ -62,7 +64,8 @@ def resolve(recipe: Recipe, store: Store, served: Mapping[str, str] | None = Non
     Args:
         recipe: the recipe.
         store: where the inputs lie.
-        served: content ids of the teachers that are served, by address; what is wrong with others has been said.
+        served: content ids of the teachers that are served, by address; what is wrong with others has been said, and so it
+            has with models that are still names in a registry.
     """
     wanted = {"student": ("student", recipe.student)}
     for branch in recipe.branches:
@@ -76,11 +79,13 @@ def resolve(recipe: Recipe, store: Store, served: Mapping[str, str] | None = Non
     bases: dict[str, str] = {}
     problems: dict[str, Problem] = {}
     for key, (where, uri) in wanted.items():
-        if uri in known or uri in problems or is_served(uri):
+        if uri in known or uri in problems or is_served(uri) or is_registered(uri):
             continue
         try:
             if not key.startswith(("prompts/", "chat_template")):
                 weights = weights_at(uri, store, recipe.base, where=where)
+                if is_registered(weights.base):
+                    continue
                 known[uri] = content_id(weights, store)
                 if weights.adapter is not None:
                     bases[uri] = store.content_id(weights.base)
