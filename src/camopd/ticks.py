@@ -2,7 +2,7 @@
 
 <output>/schedules/<name>/<model>/         a prefix for each content that was found (with its teachers', where these count)
     attempts/<job>.json                    a pipeline run that was let go on to recover it, and for which wish
-    gave-up-<wish>.json                    the tick that has told people so
+    gave-up-<wish>-<attempts>.json         the tick that has told people so
 
 What became of an attempt is read from the records of its run, so nobody has to write it down. A model that was recovered is
 known whatever the settings are by now; one that failed is tried again a few times, and anew when the wish has changed.
@@ -215,7 +215,7 @@ def _verdict(schedule: Schedule, found: Found, place: str, job: str, store: Stor
         times = f"{len(failed)} attempt{'s' if len(failed) > 1 else ''}"
         sentence = f"given up after {times} on {found.version} (content id {found.model_id}): {reason}"
         told = json.dumps({"job": job, "time": time.time(), "reason": sentence}, indent=1, ensure_ascii=False).encode()
-        first = store.write(join(place, f"gave-up-{found.wish}.json"), told, if_absent=True)
+        first = store.write(join(place, f"gave-up-{found.wish}-{len(failed)}.json"), told, if_absent=True)
         return Verdict("gave-up" if first else "skipped", sentence)
     attempt = f"attempt {len(failed) + 1} of {schedule.max_attempts} on {found.version}"
     return Verdict("again", f"{attempt}; the last failed: {reason}")

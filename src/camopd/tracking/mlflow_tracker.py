@@ -320,7 +320,11 @@ class MlflowRegistry:
 
     @_asks
     def download_uri(self, version: int) -> str:
-        return self._client.get_model_version_download_uri(self._name, str(version))
+        uri = self._client.get_model_version_download_uri(self._name, str(version))
+        if not uri.startswith("runs:/"):
+            return uri
+        run_id, _, path = uri.removeprefix("runs:/").partition("/")  # a version by MlflowClient keeps it as it was given
+        return f"{self._client.get_run(run_id).info.artifact_uri.rstrip('/')}/{path}"
 
     @_asks
     def add(self, checkpoint_uri: str, tags: Mapping[str, str], identity: Identity) -> Version:
