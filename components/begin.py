@@ -2,12 +2,12 @@ from components import component
 
 
 @component
-def begin(job: str, round_uri: str) -> str:
+def begin(round_uri: str, job: str = "") -> str:
     """Decide, from the run's records alone, whether a round may start. Needs no GPU: everything dear stands behind it.
 
     Args:
-        job: Id of this pipeline run, which says here that it is still at work.
         round_uri: Prefix of the round.
+        job: Id of this pipeline run, which says here that it is still at work.
 
     Returns:
         "go", "shards" (go, with several pods that sample and score), "colocated" (one pod does every round), "done" (the round

@@ -5,28 +5,31 @@ from components import component
 
 @component
 def prepare(
-    input_domain_model_uri: str,
-    input_domain_prompts_uri: str,
-    input_general_model_uri: str,
-    input_general_prompts_uri: str,
-    job: str,
-    method_learning_rate: str,
-    method_name: str,
-    method_num_rounds: str,
-    method_seed: str,
-    output_alias: str,
-    output_model_name: str,
-    output_notes: str,
-    output_promote: bool,
-    output_uri: str,
     recipe: str,
-    schedule_name: str,
     headline: dsl.Output[dsl.Metrics],
     settings: dsl.Output[dsl.Markdown],
+    input_domain_model_uri: str = "recipe",
+    input_domain_prompts_uri: str = "recipe",
+    input_general_model_uri: str = "recipe",
+    input_general_prompts_uri: str = "recipe",
+    job: str = "",
+    method_learning_rate: str = "recipe",
+    method_name: str = "recipe",
+    method_num_rounds: str = "recipe",
+    method_seed: str = "recipe",
+    output_alias: str = "recipe",
+    output_model_name: str = "recipe",
+    output_notes: str = "recipe",
+    output_promote: bool = True,
+    output_uri: str = "recipe",
+    schedule_name: str = "none",
 ) -> list[str]:
     """Check every input, give each its content id, and write the run's plan. Needs no GPU and loads no weights.
 
     Args:
+        recipe: Name or location of the recipe; every value "recipe" below leaves what it says.
+        headline: What was found, in numbers.
+        settings: The effective settings.
         input_domain_model_uri: The model to recover.
         input_domain_prompts_uri: JSONL prompts of the domain.
         input_general_model_uri: The model that teaches general ability.
@@ -41,10 +44,7 @@ def prepare(
         output_notes: Free text kept with the run.
         output_promote: Off: register nothing; on: as the recipe says.
         output_uri: Folder or s3:// prefix of the run.
-        recipe: Name or location of the recipe.
         schedule_name: The schedule that has started the run; "none" is somebody.
-        headline: What was found, in numbers.
-        settings: The effective settings.
 
     Returns:
         The prefix of each round, in order; of the last one alone where one pod does them all.
