@@ -29,7 +29,7 @@ from camopd.outcome import describe, print_result, result_of
 from camopd.plan import Plan
 from camopd.recipe.parameters import FORM_FIELDS, ROLE_FIELDS, did_you_mean
 from camopd.store import Store, digest
-from pipelines.board import Board, Tail, clock
+from camopd.board import Board, Tail, clock
 from pipelines.containers import Folders, absolute_form, folders_of, share_database
 
 CACHE = Path(".cache/pipeline")

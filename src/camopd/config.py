@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from camopd.errors import InputError, Problem
 from camopd.presets import Preset, presets
-from camopd.recipe.document import KeyPath, absolute, read_document
+from camopd.recipe.document import KeyPath, absolute, read_document, to_toml
 from camopd.recipe.explain import did_you_mean, explained
 from camopd.recipe.parameters import AS_IN_RECIPE, apply_parameters, section_of
 from camopd.recipe.sections import (
@@ -51,6 +51,7 @@ __all__ = [
     "Train",
     "cautions",
     "load_recipe",
+    "recipe_text",
 ]
 
 
@@ -271,6 +272,29 @@ def load_recipe(source: str | Path, parameters: Mapping[str, Any] | None = None,
     if problems:
         raise InputError(problems)
     return recipe
+
+
+def recipe_text(
+    source: str | Path, parameters: Mapping[str, Any] | None = None, *, home: str | None = None, store: Store | None = None
+) -> str:
+    """A recipe as TOML text that means the same anywhere: parameters in place, relative locations resolved.
+
+    Where nothing has to change it is the recipe's own text, comments and all.
+
+    Args:
+        source: as in ``load_recipe``, which is to have accepted it with these parameters.
+        parameters: as there.
+        home: what the recipe's relative locations are relative to, where it is another place than its own.
+        store: reads an s3:// source.
+
+    Raises:
+        InputError: the recipe cannot be read.
+    """
+    document = read_document(source, store or Store())
+    values = _with_absolute_locations(document.values, home or document.base)
+    values, _, _ = apply_parameters(values, parameters or {}, Recipe, Branch)
+    values = _with_absolute_locations(values, str(Path.cwd()))
+    return document.text if values == document.values else to_toml(values)
 
 
 def cautions(recipe: Recipe) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,7 @@ def run(recipe: Recipe, *, store: Store, earlier: Sequence[Problem] = ()) -> Pla
         InputError: every problem found; none of them needs a model to be loaded. Served teachers are asked.
         StoreError: the store fails while the run is written.
     """
-    served, faults = examine(recipe, store)
-    content_ids, problems = resolve(recipe, store, {location: model.content_id for location, model in served.items()})
-    problems = [*earlier, *problems, *faults]
-    problems += check_output(recipe.output, store)
-    problems += check_evaluation(recipe, content_ids, store)
+    served, content_ids, problems = _looked_at(recipe, store, earlier)
 
     def write(folder: Path) -> dict[str, Any]:
         return _write_plan(folder, recipe, content_ids, problems, store, served)
@@ -56,6 +53,39 @@ def run(recipe: Recipe, *, store: Store, earlier: Sequence[Problem] = ()) -> Pla
     check_served(plan, served)
     store.write(join(run_uri, "settings.md"), settings_markdown(plan).encode())
     return plan
+
+
+def check(recipe: Recipe, *, store: Store, writes: bool = True, earlier: Sequence[Problem] = ()) -> str:
+    """Every check of ``run``, from a machine that does not make the run. Returns the run's prefix.
+
+    Args:
+        recipe: what is wanted.
+        store: where the inputs lie.
+        writes: whether it is tried if the output can be written.
+        earlier: as in ``run``.
+
+    Raises:
+        InputError: every problem found.
+    """
+    served, content_ids, problems = _looked_at(recipe, store, earlier, writes=writes)
+    with tempfile.TemporaryDirectory(prefix="camopd-") as scratch:
+        _write_plan(Path(scratch), recipe, content_ids, problems, store, served)
+    run_uri = join(recipe.output, run_id(recipe, content_ids))
+    if store.manifest(plan_uri(run_uri)) is not None:
+        check_served(replace(Plan.load(store, run_uri), recipe=recipe), served)
+    return run_uri
+
+
+def _looked_at(
+    recipe: Recipe, store: Store, earlier: Sequence[Problem], *, writes: bool = True
+) -> tuple[dict[str, ServedModel], dict[str, str], list[Problem]]:
+    """Served teachers by location, content ids by input, and what is wrong so far."""
+    served, faults = examine(recipe, store)
+    content_ids, problems = resolve(recipe, store, {location: model.content_id for location, model in served.items()})
+    problems = [*earlier, *problems, *faults]
+    problems += check_output(recipe.output, store) if writes else []
+    problems += check_evaluation(recipe, content_ids, store)
+    return served, content_ids, problems
 
 
 def resolve(recipe: Recipe, store: Store, served: Mapping[str, str] | None = None) -> tuple[dict[str, str], list[Problem]]:
