@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 STAGES = (stages.prepare, stages.rollout, stages.score, stages.select, stages.train, stages.evaluate, stages.promote)
-VERBS = (*STAGES, stages.run, stages.recover, planning.plan, cluster.submit, cluster.watch)
+VERBS = (*STAGES, stages.run, stages.recover, planning.plan, cluster.submit, cluster.watch, cluster.sync)
 for verb in VERBS:
     app.command()(verb)
 
