@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from itertools import islice
 from zoneinfo import ZoneInfo
@@ -75,12 +76,15 @@ def test_an_hour_that_clocks_skip_has_no_time_and_one_that_they_repeat_has_two()
     ],
 )
 def test_what_is_refused_says_what_is_right(text: str, words: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(words)):
         parse(text)
-    assert words in str(caught.value)
 
 
-@given(st.lists(st.sampled_from(["*", "?", "0", "1", "5-7", "3/4", "*/2", "mon", "feb", "31", "1,2", "7", "x", "-", ""]), max_size=7))
+@given(
+    st.lists(
+        st.sampled_from(["*", "?", "0", "1", "5-7", "3/4", "*/2", "mon", "feb", "31", "1,2", "7", "x", "-", ""]), max_size=7
+    )
+)
 def test_what_passes_here_passes_there(fields: list[str]) -> None:
     text = " ".join(fields)
     try:

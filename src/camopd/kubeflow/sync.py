@@ -235,7 +235,9 @@ def _retire(connection: Connection, old: Sequence[Recurring], say: Say) -> None:
     for each in old:
         with _unless_gone():
             if running := in_flight(connection, each.id):
-                say(f"schedule {each.name}: the old one is off; it stays until its run {running[0]} has ended, for a later sync")
+                say(
+                    f"schedule {each.name}: the old one is off; it stays until its run {running[0]} has ended, for a later sync"
+                )
             else:
                 connection.recurring.recurring_run_service_delete_recurring_run(each.id)
 
