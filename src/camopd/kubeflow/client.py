@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -113,6 +114,7 @@ def connect(host: str = "", namespace: str = "") -> Connection:
     Host: the argument, KFP_HOST, KF_PIPELINES_ENDPOINT; else kfp's own ways (the service in the cluster, the kubeconfig's).
     Who asks: KFP_TOKEN_FILE (read again for every request), KFP_TOKEN, KFP_COOKIES, a projected service-account token, and what
     kfp.Client reads from the environment for Google's proxy. KFP_CA_FILE: the authority of the server's certificate.
+    KFP_PROXY: the HTTP proxy on the way.
 
     Args:
         host: address of the API or of the UI, such as ``https://kubeflow.example.org/pipeline``.
@@ -160,19 +162,32 @@ def _client(host: str, token_file: str) -> kfp.Client:
     ca_file = os.environ.get("KFP_CA_FILE") or None
     if ca_file and not Path(ca_file).is_file():
         raise ClusterError(f"KFP_CA_FILE names {ca_file}, which is not there; give the authority's certificate as a PEM file")
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+    with _quiet():
         client = _Client(
             host=host or None,
             existing_token=None if token_file else os.environ.get("KFP_TOKEN") or None,
             credentials=ServiceAccountTokenVolumeCredentials(token_file) if token_file else None,
             cookies=os.environ.get("KFP_COOKIES") or None,
             ssl_ca_cert=ca_file,
+            proxy=os.environ.get("KFP_PROXY") or None,
         )
     if not host and client._existing_config.host == kfp_server_api.Configuration().host:  # its default: nothing was found
         raise ClusterError("nothing says where Kubeflow Pipelines is: give --host or KFP_HOST, such as http://localhost:8888")
     client._existing_config.retries = False  # waiting is the caller's; a redirect is an answer, see _Rest
     return client
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """kfp tells of an old server, a token that is not mounted, a kubeconfig that is not there: we do, where it matters."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _token_file() -> str:
@@ -234,7 +249,7 @@ def _raise(error: kfp_server_api.ApiException, url: str) -> NoReturn:
         if re.search(r"dex|login|oauth|auth|signin", target):
             raise ApiError(_login(url), 401) from None
         raise ApiError(
-            f"{place} sends elsewhere, to {_address(target) or target!r}: give that address as the host", 404
+            f"{place} sends elsewhere, to {_address(target) or 'nowhere'}: give that address as the host", 404
         ) from None
     message = _message(body)
     if status == 401:

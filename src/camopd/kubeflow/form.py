@@ -65,7 +65,10 @@ def wish(source: str, values: Mapping[str, str], spec: Spec, *, store: Store) ->
     if missing:
         raise InputError(missing)
     form, dotted, problems = _spread(values, inputs)
-    own = {key: value for key, value in values.items() if key in FORM_FIELDS or key in ROLE_FIELDS or key in dotted}
+    named = {problem.where for problem in problems} | {
+        key for key in inputs if key not in FORM_FIELDS and key not in ROLE_FIELDS
+    }
+    own = {key: value for key, value in values.items() if key not in named}  # what the pipeline alone knows is not the recipe's
     own |= {} if OUTPUT in own or "output" in own else _clusters_output(spec)
     try:
         recipe = load_recipe(source, own, store=store)
@@ -100,7 +103,7 @@ def _spread(
             problems.append(Problem(key, "is the recipe itself", "give it as the argument"))
         elif key in inputs or key in fields:
             try:
-                form[fields.get(key, key)] = _typed(value, inputs[fields.get(key, key)])
+                form[fields.get(key, key)] = typed(value, inputs[fields.get(key, key)])
             except ValueError as error:
                 problems.append(Problem(key, str(error)))
         elif key in FORM_FIELDS or key in ROLE_FIELDS:
@@ -116,7 +119,7 @@ def _spread(
     return form, {key: value for key, value in dotted.items() if key not in unknown}, problems
 
 
-def _typed(value: str, field: Mapping[str, Any]) -> Any:
+def typed(value: str, field: Mapping[str, Any]) -> Any:
     """The value as the API wants it, which refuses text for a number. Raises ValueError with the reason."""
     kind = field.get("parameterType", "STRING")
     if kind == "BOOLEAN":

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from camopd.errors import InputError, Problem
 from camopd.kubeflow.checks import problems_of
 from camopd.kubeflow.cron import Cron, parse
-from camopd.kubeflow.form import RECIPE, wish
+from camopd.kubeflow.form import RECIPE, typed, wish
 from camopd.kubeflow.spec import Spec, inputs_of
 from camopd.recipe.explain import did_you_mean
 from camopd.recipe.registered import check_registered, is_registered
@@ -162,13 +162,13 @@ def _problem(detail: Mapping[str, Any], values: Mapping[str, Any]) -> Problem:
     return Problem(".".join(map(str, place)), what, fix)
 
 
-def _zone(name: str, problems: list[Problem]) -> ZoneInfo:
+def _zone(name: str, problems: list[Problem]) -> tzinfo:
     try:
-        return ZoneInfo(name)
-    except (ValueError, OSError):
+        return UTC if name == "UTC" else ZoneInfo(name)  # an image without a table of time zones has this one
+    except (ValueError, OSError, ZoneInfoNotFoundError):
         fix = "write the value of CRON_SCHEDULE_TIMEZONE there, such as Europe/Berlin, or leave it out for UTC"
-        problems.append(Problem("time_zone", f"{name!r} is no time zone", fix))
-        return ZoneInfo("UTC")
+        problems.append(Problem("time_zone", f"{name!r} is no time zone that is known here", fix))
+        return UTC
 
 
 def _own_problems(entry: Entry) -> tuple[list[Problem], Cron | None]:
@@ -219,8 +219,12 @@ def _parameters(entry: Entry, spec: Spec, store: Store) -> tuple[dict[str, Any],
         asked = wish(entry.recipe, {**given, MODEL: entry.follow}, spec, store=store)
     except InputError as error:
         if is_s3(entry.recipe) and any(problem.where == entry.recipe for problem in error.problems):
-            form = {RECIPE: entry.recipe, MODEL: entry.follow, **given, **set_here}
-            return form, own, f"its recipe was not checked: {error.problems[0].what}"
+            form = {field: typed(value, inputs_of(spec)[field]) for field, value in given.items()}
+            return (
+                {**form, RECIPE: entry.recipe, MODEL: entry.follow, **set_here},
+                own,
+                f"its recipe was not checked: {error.problems[0].what}",
+            )
         return {}, [*own, *(each for each in error.problems if each.where != MODEL)], ""
     own += [each for each in problems_of(asked, spec) if each.where != MODEL]
     form = {**asked.form, **set_here}

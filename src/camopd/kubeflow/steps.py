@@ -1,8 +1,8 @@
 """Where a run stands, read from what the API tells of it: Argo's nodes, without a word on which belongs to which. Pure.
 
 A container step ``rollout`` is three nodes or more: ``rollout-driver``, ``rollout``, in it ``executor``, and where the step may
-be retried ``executor(0)`` and so on. Loops and conditions are nodes, too: ``rounds``, ``iteration-item``. So a step is a node
-whose name the compiled pipeline has for a container.
+be retried ``executor(0)`` and so on. Loops and conditions are nodes, too: ``for-loop-2``, ``iteration-item``. So a step is a
+node whose name the compiled pipeline has for a container.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ def steps(tasks: list[Any], spec: Spec) -> list[Step]:
     titles = steps_of(spec)
     found = []
     for task in tasks:
-        if task.display_name in titles and task.start_time is not None:
-            stage, start, end = component_of(spec, task.display_name), _seconds(task.start_time), _seconds(task.end_time)
+        start, end = _seconds(task.start_time), _seconds(task.end_time)
+        if task.display_name in titles and start:
+            stage = component_of(spec, task.display_name)
             pods = tuple(_pods(task, tasks, template_of(spec, task.display_name)))
             found.append(Step(task.display_name, stage, titles[task.display_name], str(task.state), start, end, pods))
     return sorted(found, key=lambda step: (step.start, step.name))
@@ -120,5 +121,5 @@ def _pods(task: Any, tasks: list[Any], template: str) -> Iterator[str]:
 
 
 def _seconds(time: datetime | None) -> float:
-    """0 for what the API has not said, or says is in 1970."""
+    """0 for what has not happened: the API says nothing, or that it was in 1970 or in the year 1."""
     return time.timestamp() if time is not None and time.year > 1970 else 0.0

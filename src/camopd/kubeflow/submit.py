@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from camopd.kubeflow.checks import check_inputs, problems_of
 from camopd.kubeflow.client import ApiError, Connection
 from camopd.kubeflow.form import Wish, wish
 from camopd.kubeflow.spec import variable_of
-from camopd.kubeflow.versions import EQUALS, PIPELINE, Version, compiled, newest, uploaded, version_of
+from camopd.kubeflow.versions import PIPELINE, Version, compiled, equals, newest, uploaded, version_of
 from camopd.store import Store
 
 EXPERIMENT = "camopd"
@@ -109,7 +108,7 @@ def experiment_id(connection: Connection, name: str) -> str:
 
 
 def _experiment_id(connection: Connection, name: str) -> str:
-    wanted = json.dumps({"predicates": [{"operation": EQUALS, "key": "display_name", "stringValue": name}]})
+    wanted = equals("display_name", name)
     listed = connection.experiments.experiment_service_list_experiments(filter=wanted, **connection.owned)
     return next((str(each.experiment_id) for each in listed.experiments or ()), "")
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
 import yaml
 
@@ -19,7 +20,7 @@ from camopd.kubeflow.client import ApiError, Connection
 from camopd.kubeflow.spec import Spec, name_of
 
 PIPELINE = "camopd-recovery"
-EQUALS = 1  # the operation of a filter's predicate
+EQUALS = 1  # the number of a predicate's operation
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,13 @@ class Version:
 
 def newest(connection: Connection, pipeline: str) -> Version | None:
     """The newest version of a pipeline on the server, the namespace's own before the shared one; None where there is none."""
-    pipeline_id = _pipeline_id(connection, pipeline)
-    if not pipeline_id:
-        return None
-    listed = connection.pipelines.pipeline_service_list_pipeline_versions(pipeline_id, page_size=1, sort_by="created_at desc")
-    for found in listed.pipeline_versions or ():
-        return Version(pipeline, found.name or found.display_name, found.pipeline_spec, pipeline_id, found.pipeline_version_id)
+    for pipeline_id in _pipeline_ids(connection, pipeline).values():
+        order = {"page_size": 1, "sort_by": "created_at desc"}
+        listed = connection.pipelines.pipeline_service_list_pipeline_versions(pipeline_id, **order)
+        for found in listed.pipeline_versions or ():
+            return Version(
+                pipeline, found.name or found.display_name, found.pipeline_spec, pipeline_id, found.pipeline_version_id
+            )
     return None
 
 
@@ -101,31 +103,46 @@ def _new_pipeline(connection: Connection, name: str) -> str:
     try:
         made = connection.pipelines.pipeline_service_create_pipeline({"name": name, "display_name": name, **connection.owned})
     except ApiError as error:
-        if error.status == 409 and (known := _pipeline_id(connection, name)):
-            return known
+        known = _pipeline_ids(connection, name).get(connection.namespace) if error.status == 409 else None
+        if known:
+            return known  # somebody else has just made it
         raise
     return str(made.pipeline_id)
 
 
 def _found(connection: Connection, version: Version) -> Version:
-    pipeline_id = _pipeline_id(connection, version.pipeline)
-    if not pipeline_id:
-        return version
-    wanted = json.dumps({"predicates": [{"operation": EQUALS, "key": "name", "stringValue": version.name}]})
-    listed = connection.pipelines.pipeline_service_list_pipeline_versions(pipeline_id, filter=wanted)
-    found = next((each.pipeline_version_id for each in listed.pipeline_versions or ()), "")
-    return replace(version, pipeline_id=pipeline_id, version_id=found)
+    """With the ids of what is there: the version wherever it may be used, else the pipeline that is one's own to add to."""
+    places = _pipeline_ids(connection, version.pipeline)
+    for pipeline_id in places.values():
+        listed = connection.pipelines.pipeline_service_list_pipeline_versions(pipeline_id, filter=equals("name", version.name))
+        for found in listed.pipeline_versions or ():
+            return replace(version, pipeline_id=pipeline_id, version_id=found.pipeline_version_id)
+    return replace(version, pipeline_id=places.get(connection.namespace, ""))
 
 
-def _pipeline_id(connection: Connection, name: str) -> str:
-    """Empty where the server has no such pipeline."""
-    for owned in [connection.owned, {}] if connection.namespace else [{}]:
+def _pipeline_ids(connection: Connection, name: str) -> dict[str, str]:
+    """Id of the pipeline by namespace, one's own first; the empty one is everybody's, and the only one without users.
+
+    Not by the API's own question for a name, which without a namespace answers with anybody's newest pipeline of that name.
+    """
+    found = {}
+    for namespace in dict.fromkeys((connection.namespace, "")):
+        owned = {"namespace": namespace} if namespace else {}
         try:
-            return str(connection.pipelines.pipeline_service_get_pipeline_by_name(name, **owned).pipeline_id)
+            listed = connection.pipelines.pipeline_service_list_pipelines(filter=equals("name", name), **owned)
         except ApiError as error:
-            if error.status != 404:
-                raise
-    return ""
+            if error.status == 400 and not namespace and connection.multi_user:
+                continue  # a server that wants a namespace for every pipeline
+            raise
+        for each in listed.pipelines or ():
+            if not connection.multi_user or (each.namespace or "") == namespace:
+                found[namespace] = str(each.pipeline_id)
+    return found
+
+
+def equals(key: str, value: str) -> str:
+    """A list's filter; percent signs and pluses of a value are decoded once more by the server."""
+    return quote(json.dumps({"predicates": [{"operation": EQUALS, "key": key, "stringValue": value}]}))
 
 
 # --- Compiling ------------------------------------------------------------------------------------------------------------
