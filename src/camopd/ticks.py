@@ -156,6 +156,7 @@ def run(schedule: Schedule, recipe: str, parameters: Mapping[str, Any], job: str
         print(f"schedule {schedule.name}: {verdict.sentence}")
         if verdict.outcome == "gave-up":
             raise ScheduleError(verdict.sentence)
+        record.pop("skipped", None)  # of an attempt of this task
         if verdict.goes_on:
             record |= {"claim": found.claims_uri, "models": {name: asdict(at) for name, at in resolved.located.items()}}
         else:

@@ -145,7 +145,9 @@ def _values(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise InputError([Problem(str(path), f"is neither JSON nor YAML: {error}", "correct it")]) from None
     if not isinstance(values, dict):
-        raise InputError([Problem(str(path), "is not a table with owner and schedules", "see docs/scale.md")])
+        raise InputError(
+            [Problem(str(path), "is not a table with owner and schedules", "see pipelines/schedules.example.yaml")]
+        )
     return values
 
 
