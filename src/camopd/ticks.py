@@ -48,8 +48,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         problems = []
-        if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,39}[a-z0-9])?", self.name):
-            fix = "use up to 41 small letters, digits and hyphens"
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,51}[a-z0-9])?", self.name):
+            fix = "use up to 53 small letters, digits and hyphens"
             problems.append(Problem("schedule_name", f"{self.name[:80]!r} cannot name a schedule", fix))
         if self.max_attempts < 1:
             problems.append(

@@ -27,13 +27,6 @@ ENTRY = {
     "recipe": "micro",
     "parameters": {"output_uri": "s3://models/runs", "method_num_rounds": 4, "output_promote": False},
 }
-RECIPE = """
-student = "s3://models/a"
-branches = [
-  {name = "general", role = "recover", teacher = "s3://models/b", prompts = "s3://prompts/a.jsonl", tasks = ["a"]},
-  {name = "domain", role = "retain", prompts = "s3://prompts/b.jsonl", tasks = ["b"]},
-]
-"""
 OTHER = {**ENTRY, "name": "legal", "follow": "s3://models/legal", "max_attempts": 5, "again_for_new_teachers": True}
 
 
@@ -410,7 +403,7 @@ def test_a_recipe_on_s3_that_cannot_be_read_from_here_is_told_and_left_to_the_ti
 
 def test_the_example_of_a_file_is_right(site: Site) -> None:
     values = yaml.safe_load((Path(__file__).parents[2] / "pipelines" / "schedules.example.yaml").read_text())
-    site.sync(**{**values, "pools": {}, "schedules": [{**each, "recipe": RECIPE} for each in values["schedules"]]})
+    site.sync(**values)
     assert list(site.on()) == ["icd-coder"]
     given = site.on()["icd-coder"]["runtime_config"]["parameters"]
     assert {name: given[name] for name in values["schedules"][0]["parameters"]} == values["schedules"][0]["parameters"]
