@@ -12,15 +12,17 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from camopd.errors import InputError, Problem
 from camopd.kubeflow.client import ApiError, Connection
 from camopd.kubeflow.schedules import File, Wanted, wanted, wish_digest
 from camopd.kubeflow.submit import experiment_id
 from camopd.kubeflow.versions import EQUALS, Version, compiled, uploaded, version_of
+from camopd.recipe.document import to_toml
 from camopd.store import Store
 
 ABOUT = "Kept by camopd sync for {owner}: schedule {name}, wish {digest}. Change it in the values, not here."
@@ -271,9 +273,13 @@ def _body(file: File, schedule: Wanted, version: Version, experiment: str) -> di
 
 @contextmanager
 def _compiled(file: File) -> Iterator[Path]:
-    """The pipeline, compiled for the file's pools. Raises ClusterError where its sources are not at hand."""
-    with tempfile.TemporaryDirectory(prefix="camopd-") as folder:
-        pools = Path(folder, "pools.json")
-        pools.write_text(json.dumps(file.pools), encoding="utf-8")
-        with compiled(pools if file.pools else None) as path:
-            yield path
+    """The pipeline, compiled for the file's pools. Raises InputError for these, ClusterError where its sources are not at hand."""
+    with ExitStack() as opened:
+        pools = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="camopd-")), "pools.toml")
+        pools.write_text(to_toml(file.pools), encoding="utf-8")
+        try:
+            path = opened.enter_context(compiled(pools if file.pools else None))
+        except InputError as error:
+            said = [Problem("pools", each.what.replace(f"{pools}: ", ""), each.fix) for each in error.problems]
+            raise InputError(said) from None
+        yield path
