@@ -192,8 +192,9 @@ def test_a_failed_model_is_tried_three_times_then_reported_once_and_left_alone(c
     for number in (1, 2, 3):
         cluster.fail(f"job-{number}")
     sentence = r"given up after 3 attempts on .*domain \(content id sha256:\w+\): train: the card fell off the bus"
-    with pytest.raises(ScheduleError, match=sentence):
-        cluster.tick("job-4")
+    for _ in range(2):  # the task may be retried, which must not make it look well
+        with pytest.raises(ScheduleError, match=sentence):
+            cluster.tick("job-4")
     assert "given up after 3 attempts" in cluster.page("job-4", succeeded=False)
     for number in (5, 6):
         assert cluster.tick(f"job-{number}") == "skip"

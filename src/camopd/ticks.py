@@ -215,8 +215,9 @@ def _verdict(schedule: Schedule, found: Found, place: str, job: str, store: Stor
     if is_final or len(failed) >= schedule.max_attempts:
         times = f"{len(failed)} attempt{'s' if len(failed) > 1 else ''}"
         sentence = f"given up after {times} on {found.version} (content id {found.model_id}): {reason}"
+        uri = join(place, f"gave-up-{found.wish}-{len(failed)}.json")
         told = json.dumps({"job": job, "time": time.time(), "reason": sentence}, indent=1, ensure_ascii=False).encode()
-        first = store.write(join(place, f"gave-up-{found.wish}-{len(failed)}.json"), told, if_absent=True)
+        first = store.write(uri, told, if_absent=True) or json.loads(store.read(uri))["job"] == job  # a task that is retried
         return Verdict("gave-up" if first else "skipped", sentence)
     attempt = f"attempt {len(failed) + 1} of {schedule.max_attempts} on {found.version}"
     return Verdict("again", f"{attempt}; the last failed: {reason}")

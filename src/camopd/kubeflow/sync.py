@@ -273,7 +273,7 @@ def _body(file: File, schedule: Wanted, version: Version, experiment: str) -> di
 
 @contextmanager
 def _compiled(file: File) -> Iterator[Path]:
-    """The pipeline, compiled for the file's pools. Raises InputError for these, ClusterError where its sources are not at hand."""
+    """The pipeline, compiled for the file's pools. Raises InputError for these, ClusterError where its sources are missing."""
     with ExitStack() as opened:
         pools = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="camopd-")), "pools.toml")
         pools.write_text(to_toml(file.pools), encoding="utf-8")
