@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import yaml
+from kubernetes.config import kube_config
 
 from camopd.errors import ClusterError
+from camopd.kubeflow import client
 from camopd.kubeflow.client import ApiError, connect
 from tests.fixtures.kfp_api import KfpApi, served
 from tests.fixtures.kfp_rules import Refused
@@ -59,6 +63,29 @@ def test_the_host_comes_from_the_environment(kfp: KfpApi, monkeypatch: pytest.Mo
 def test_a_proxy_on_the_way(kfp: KfpApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KFP_PROXY", kfp.host)
     assert connect("http://kubeflow.invalid").version == "2.17.0"
+
+
+def test_the_way_of_a_kubeconfig(kfp_teams: KfpApi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Through the proxy of Kubernetes' API server, with its token."""
+    kfp_teams.prefix = "/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy"
+    config = {
+        "current-context": "here",
+        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
+        "clusters": [{"name": "here", "cluster": {"server": kfp_teams.host}}],
+        "users": [{"name": "me", "user": {"token": "token-a"}}],
+    }
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))  # read at import
+    connection = connect(namespace="team-a")
+    assert connection.runs.run_service_list_runs(**connection.owned).runs is None
+    assert connection.run_link("abc") == ""  # where the UI is, only the cluster knows
+
+
+def test_the_usual_path_of_kubeflow(kfp: KfpApi) -> None:
+    kfp.prefix = "/pipeline"
+    assert connect(f"{kfp.host}/pipeline/#/runs").run_link("abc") == f"{kfp.host}/pipeline/#/runs/details/abc"
+    assert "ends with /pipeline" in str(refusal(kfp.host))
 
 
 def test_nothing_names_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,6 +146,8 @@ def test_a_login_page_is_no_empty_list(kfp: KfpApi) -> None:
         connection.pipelines.pipeline_service_list_pipelines()
     assert error.value.status == 401
     assert "login page" in str(refusal(kfp.host))
+    error = refusal(answering(kfp, Page(status=403)))  # oauth2-proxy's
+    assert (error.status, "login page" in str(error)) == (401, True)
 
 
 def test_a_redirect_is_followed_by_nobody(kfp: KfpApi) -> None:
@@ -141,6 +170,12 @@ def test_no_answer(kfp: KfpApi) -> None:
     assert error.passing
     assert "does not answer: check --host" in str(error)
     kfp.server.start()
+
+
+def test_a_server_that_hangs(kfp: KfpApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "TIMEOUT", 0.1)
+    kfp.before = lambda method, path: time.sleep(0.5)
+    assert "does not answer in time" in str(refusal(kfp.host))
 
 
 def test_a_fault_of_the_server_may_pass(kfp: KfpApi) -> None:

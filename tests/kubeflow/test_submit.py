@@ -161,6 +161,7 @@ def test_what_the_recipe_says_wrong_keeps_its_line(kfp: KfpApi, camopd: Camopd, 
         ("output_promote=perhaps", "output_promote: true or false is expected, not 'perhaps'"),
         ("input_recipe=micro", "input_recipe: is the recipe itself"),
         ("method_sed=2", "did you mean 'method_seed'?"),
+        ("notes=see {{x}}", "notes: holds {{, which Argo"),
     ],
 )
 def test_a_value_that_does_not_fit_the_form(kfp: KfpApi, camopd: Camopd, tmp_path: Path, value: str, part: str) -> None:
@@ -235,6 +236,24 @@ def test_many_users(kfp_teams: KfpApi, camopd: Camopd, tmp_path: Path, monkeypat
     assert list(kfp_teams.runs.values())[-1]["pipeline_version_reference"]["pipeline_version_id"] == shared
 
 
+def test_pipelines_that_are_kept_as_kubernetes_objects(kfp_teams: KfpApi, camopd: Camopd, tmp_path: Path, monkeypatch) -> None:
+    """There a list without a namespace has everybody's."""
+    kfp_teams.store = "kubernetes"
+    for team in ("a", "b"):
+        monkeypatch.setenv("KFP_TOKEN", f"token-{team}")
+        code, said = camopd(*asked(kfp_teams, recipe_file(tmp_path), "--namespace", f"team-{team}"))
+        assert code == 0, said
+    assert [pipeline["namespace"] for pipeline in kfp_teams.pipelines.values()] == ["team-a", "team-b"]
+
+
+def test_pipelines_of_a_server_without_users_as_kubernetes_objects(kfp: KfpApi, camopd: Camopd, tmp_path: Path) -> None:
+    kfp.store = "kubernetes"
+    for _ in range(2):
+        assert camopd(*asked(kfp, recipe_file(tmp_path)))[0] == 0
+    assert [pipeline["namespace"] for pipeline in kfp.pipelines.values()] == ["kubeflow"]
+    assert len(kfp.versions) == 1
+
+
 def test_a_name_that_a_filter_could_spoil(kfp: KfpApi, camopd: Camopd, tmp_path: Path) -> None:
     upload(kfp)
     for _ in range(2):
@@ -267,10 +286,17 @@ def test_all_of_prepares_checks_are_made_from_here(
     said = refused(camopd, kfp, *arguments, *wrong)
     assert f"student: {s3_prefix}/micro/nothing" in said
     assert "evaluate.task_dir: /tmp/tasks is on this machine" in said
+    said = refused(camopd, kfp, *arguments, "-s", "branches.general.teacher=http://127.0.0.1:9/v1")
+    assert re.search(r"branches\.general\.teacher: .*127\.0\.0\.1:9.*where only pods reach it: --preflight recipe", said)
     code, said = camopd(*arguments)
     assert code == 0, said
     assert form_of(kfp)["input_recipe"] == text
     assert [file.name for file in Store().list(f"{s3_prefix}/runs")] == []  # but for the probe, whose name is hidden
+    relative = text.replace(f'"{s3_prefix}/', '"./')
+    Store().write(f"{s3_prefix}/small.toml", relative.encode())
+    assert camopd(*asked(kfp, f"{s3_prefix}/small.toml"))[0] == 0
+    sent = list(kfp.runs.values())[-1]["runtime_config"]["parameters"]["input_recipe"]
+    assert load_recipe(sent, {}) == load_recipe(text, {})
     code, said = camopd("submit", "micro", "-s", f"output_uri={s3_prefix}/runs", "--no-watch", "--host", kfp.host)
     assert code == 0, said
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,9 +13,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import kfp as sdk
 import pytest
+from rich.console import Console
 
 from camopd.evaluate import evaluation_uri
+from camopd.kubeflow.client import connect
+from camopd.kubeflow.watch import watch
 from camopd.outcome import error_uri
 from camopd.plan import Plan, checkpoint_uri
 from camopd.promote import release_uri
@@ -25,7 +30,7 @@ from tests.fixtures.kfp_api import KfpApi, node, pod_of, step
 from tests.fixtures.kfp_rules import Refused
 from tests.fixtures.kfp_server import Page
 from tests.kubeflow.conftest import ROOT
-from tests.kubeflow.wishes import COMPILED, RECIPE, the_run, upload
+from tests.kubeflow.wishes import COMPILED, RECIPE, changed_pipeline, the_run, upload
 
 Camopd = Callable[..., tuple[int, str]]
 
@@ -36,14 +41,12 @@ def run_id(kfp: KfpApi, camopd: Camopd, tmp_path: Path) -> str:
     return started(kfp, str(tmp_path / "runs"))
 
 
-def started(api: KfpApi, output: str, **options: Any) -> str:
-    import kfp as sdk
-
-    version = upload(api, **options)
+def started(api: KfpApi, output: str, *, version: str = "", **options: Any) -> str:
+    version = version or upload(api, **options)
     client = sdk.Client(host=api.host, **options)
     pipeline = api.versions[version]["pipeline_id"]
     experiment = client.create_experiment("mine", namespace=options.get("namespace")).experiment_id
-    params = {"input_recipe": RECIPE, "output_uri": output}
+    params = {"input_recipe": RECIPE} | ({"output_uri": output} if output else {})
     return client.run_pipeline(experiment, "tonight-1", params=params, pipeline_id=pipeline, version_id=version).run_id
 
 
@@ -130,6 +133,37 @@ def test_progress_and_result(kfp: KfpApi, run_id: str, camopd: Camopd, tmp_path:
     assert "Registry: m version 4, alias champion (promoted)" in said
 
 
+def test_on_a_terminal_the_board_stays_in_place(kfp: KfpApi, run_id: str, tmp_path: Path) -> None:
+    plan, at = prepared(tmp_path, run_id), [kfp.now() for _ in range(9)]
+    make_round(plan, Store(), 1)
+    running = [
+        *step("begin", "SUCCEEDED", at[0], at[1]),
+        *step("begin", "SUCCEEDED", at[2], at[3]),
+        *step("train", "RUNNING", at[4]),
+    ]
+    at_each_look(kfp, run_id, [lambda: kfp.tell(run_id, "RUNNING", running), lambda: kfp.tell(run_id, "SUCCEEDED")])
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=100)
+    assert watch(connect(kfp.host), run_id, store=Store(), console=console)
+    assert "round 2/3  train" in shown.getvalue()
+    assert "━" in shown.getvalue()  # rounds as a bar
+
+
+def test_where_the_cluster_says_where_runs_go(kfp: KfpApi, camopd: Camopd, tmp_path: Path) -> None:
+    """A run that the UI has started, with nothing in its form."""
+
+    def told(spec: dict[str, Any]) -> None:
+        variables = [{"name": "CAMOPD_OUTPUT", "value": str(tmp_path / "runs")}]
+        spec["deploymentSpec"]["executors"]["exec-prepare"]["container"]["env"] = variables
+
+    run_id = started(kfp, "", version=upload(kfp, changed_pipeline(tmp_path, told)))
+    plan = prepared(tmp_path, run_id)
+    kfp.tell(run_id, "FAILED")
+    code, said = watched(camopd, kfp, run_id)
+    assert code == 1
+    assert plan.run_uri in said
+
+
 def test_a_failed_step_inside_the_loop(kfp: KfpApi, run_id: str, camopd: Camopd, tmp_path: Path) -> None:
     """The second round's training fails: the nodes above it fail later, and evaluation is never started."""
     plan, at, store = prepared(tmp_path, run_id), [kfp.now() for _ in range(40)], Store()
@@ -168,10 +202,7 @@ def test_the_log_of_the_last_attempt(kfp: KfpApi, camopd: Camopd, tmp_path: Path
     pod = {"podMetadata": {"labels": {"team": "a", "app": "camopd"}}}
     documents.append({"platforms": {"kubernetes": {"deploymentSpec": {"executors": {label: pod}}}}})
     (tmp_path / "retries.yaml").write_text(yaml.safe_dump_all(documents))
-    upload(kfp, tmp_path / "retries.yaml", "v0")
-    run_id = started(kfp, str(tmp_path / "runs"))
-    newest = next(iter(kfp.versions.values()))
-    the_run(kfp)["pipeline_version_reference"]["pipeline_version_id"] = newest["pipeline_version_id"]
+    run_id = started(kfp, str(tmp_path / "runs"), version=upload(kfp, tmp_path / "retries.yaml"))
     at = [kfp.now() for _ in range(3)]
     template = "metadata-0-2-retry-system-container-impl"
     for attempt in (1, 2):

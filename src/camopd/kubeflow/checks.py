@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 from camopd.config import Recipe
 from camopd.errors import InputError, MissingError, Problem, StoreError
@@ -22,7 +25,7 @@ BESIDE = "put it where every pod can read it, and give its s3:// location"
 
 def problems_of(wish: Wish, spec: Spec) -> list[Problem]:
     """What is wrong with a wish, as far as recipe and pipeline tell."""
-    found = [*_local(wish), *_text(str(wish.form[RECIPE])), *_engine(wish.sent, spec)]
+    found = [*_local(wish), *_text(wish.form), *_engine(wish.sent, spec)]
     try:
         check_pods(wish.sent, scored_branches(wish.sent))
     except InputError as error:
@@ -62,9 +65,16 @@ def check_inputs(wish: Wish, earlier: list[Problem], store: Store) -> None:
     try:
         prepare.check(resolved.recipe, store=store, writes=is_s3(output), earlier=resolved.problems)
     except InputError as error:
-        raise InputError([*earlier, *(each for each in error.problems if each not in earlier)]) from None
+        raise InputError([*earlier, *(_seen_from_here(each) for each in error.problems if each not in earlier)]) from None
     if earlier:
         raise InputError(earlier)
+
+
+def _seen_from_here(problem: Problem) -> Problem:
+    """A served teacher may have an address that only pods know."""
+    if not re.search(r"https?://", problem.what) or not problem.where.endswith(".teacher"):
+        return problem
+    return replace(problem, fix="; ".join([*[problem.fix] * bool(problem.fix), "where only pods reach it: --preflight recipe"]))
 
 
 def locations(recipe: Recipe) -> dict[str, str]:
@@ -93,16 +103,16 @@ def _local(wish: Wish) -> Iterator[Problem]:
             yield Problem(parameter, f"{location} is on this machine, and pods share no disk", BESIDE)
 
 
-def _text(text: str) -> Iterator[Problem]:
-    size = len(text.encode())
+def _text(form: Mapping[str, Any]) -> Iterator[Problem]:
+    size = len(str(form[RECIPE]).encode())
     if size > LONGEST_TEXT:
         what = f"the recipe is {size / 1024:,.0f} KiB long, of which a pipeline's parameter carries {LONGEST_TEXT // 1024}"
         yield Problem("recipe", what, "take long texts out of it, such as a chat template, and give their s3:// location")
-    if "{{" in text:
-        line = text[: text.index("{{")].count("\n") + 1
-        yield Problem(
-            f"recipe:{line}", "holds {{, which Argo Workflows takes for a place to fill in", "write it in another way"
-        )
+    for name, text in form.items():
+        if isinstance(text, str) and "{{" in text:
+            line = text[: text.index("{{")].count("\n") + 1
+            where = f"recipe:{line}" if name == RECIPE else name
+            yield Problem(where, "holds {{, which Argo Workflows takes for a place to fill in", "write it in another way")
 
 
 def _engine(recipe: Recipe, spec: Spec) -> Iterator[Problem]:

@@ -51,11 +51,6 @@ class ApiError(ClusterError):
         self.status = status
 
     @property
-    def denied(self) -> bool:
-        """Whether it is a matter of who asks, which a new token mends."""
-        return self.status in (401, 403)
-
-    @property
     def passing(self) -> bool:
         """Whether the same question may be answered later."""
         return self.status in (0, 401, 429) or self.status >= 500
@@ -174,7 +169,21 @@ def _client(host: str, token_file: str) -> kfp.Client:
     if not host and client._existing_config.host == kfp_server_api.Configuration().host:  # its default: nothing was found
         raise ClusterError("nothing says where Kubeflow Pipelines is: give --host or KFP_HOST, such as http://localhost:8888")
     client._existing_config.retries = False  # waiting is the caller's; a redirect is an answer, see _Rest
+    _keep_host(client._existing_config)
     return client
+
+
+def _keep_host(config: Any) -> None:
+    """By kubeconfig kfp's host ends with a slash, and each look at the token sets it to the cluster's own, without the path."""
+    host, refresh = config.host.rstrip("/"), config.refresh_api_key_hook
+
+    def refreshed(current: Any) -> None:
+        refresh(current)
+        current.host, current.refresh_api_key_hook = host, refreshed
+
+    config.host = host
+    if refresh is not None:
+        config.refresh_api_key_hook = refreshed
 
 
 @contextlib.contextmanager
@@ -227,7 +236,7 @@ class _Rest(kfp_server_api.rest.RESTClientObject):  # type: ignore[misc]
     """Requests with a timeout, whose failures are ApiErrors. HTML in place of JSON is one of them."""
 
     def request(self, method: str, url: str, **options: Any) -> Any:
-        options["_request_timeout"] = options.get("_request_timeout") or TIMEOUT
+        options["_request_timeout"] = options.get("_request_timeout") or (TIMEOUT, TIMEOUT)  # a float alone is not heeded
         try:
             response = super().request(method, url, **options)
         except kfp_server_api.ApiException as error:
@@ -251,6 +260,8 @@ def _raise(error: kfp_server_api.ApiException, url: str) -> NoReturn:
         raise ApiError(
             f"{place} sends elsewhere, to {_address(target) or 'nowhere'}: give that address as the host", 404
         ) from None
+    if status in (401, 403) and "html" in headers.get("content-type", ""):  # a proxy's, not the API's
+        raise ApiError(_login(url), 401) from None
     message = _message(body)
     if status == 401:
         raise ApiError(f"{place} does not know who asks (401): {WHO}", 401) from None

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from camopd import outcome
 from camopd import plan as layout
-from camopd.config import load_recipe
+from camopd.config import AS_IN_RECIPE, load_recipe
 from camopd.errors import CamopdError, InputError, MissingError
-from camopd.kubeflow.form import OUTPUT, RECIPE
-from camopd.kubeflow.spec import Spec, inputs_of
+from camopd.kubeflow.form import OUTPUT, OUTPUT_VARIABLE, RECIPE
+from camopd.kubeflow.spec import Spec, inputs_of, variable_of
 from camopd.plan import Plan
 from camopd.recipe.parameters import FORM_FIELDS, ROLE_FIELDS
 from camopd.store import Store
@@ -50,7 +50,10 @@ class Records:
         """Those of a run of the API."""
         given = dict((run.runtime_config.parameters if run.runtime_config else None) or {})
         form = {name: given.get(name, entry.get("defaultValue")) for name, entry in inputs_of(spec).items()}
-        records = cls(str(form.get(RECIPE, "")), str(form.get(OUTPUT, "")), str(run.run_id), store)
+        output = str(form.get(OUTPUT, ""))
+        if output == AS_IN_RECIPE:
+            output = variable_of(spec, "prepare", OUTPUT_VARIABLE) or output
+        records = cls(str(form.get(RECIPE, "")), output, str(run.run_id), store)
         known = {name: value for name, value in form.items() if name in FORM_FIELDS or name in ROLE_FIELDS}
         try:
             recipe = load_recipe(

@@ -74,14 +74,13 @@ def failed_step(tasks: list[Any], spec: Spec) -> Step | None:
     return None
 
 
-def board_line(begun: list[Step], tasks: list[Any], *, finished: int | None, now: float) -> Mapping[str, Any] | None:
+def board_line(begun: list[Step], tasks: list[Any], *, finished: int | None) -> Mapping[str, Any] | None:
     """What is at work, in the form of a stage's own progress line (camopd.progress); None where nothing has begun.
 
     Args:
         begun: of the run.
         tasks: all its nodes.
         finished: rounds that have their checkpoint, where the store tells.
-        now: seconds of the epoch.
     """
     if not begun:
         return None

@@ -78,7 +78,7 @@ def _show(board: Board, run: Any, spec: Spec, records: Records, console: Console
     trouble, finished = records.trouble, records.finished()
     if records.trouble and not trouble:
         console.print(f"The run's records cannot be read from here ({records.trouble}): what follows is KFP's word alone")
-    line = board_line(steps(tasks, spec), tasks, finished=finished, now=now)
+    line = board_line(steps(tasks, spec), tasks, finished=finished)
     if line is not None:
         board.update(line)
     seconds = now - run.created_at.timestamp()
