@@ -273,6 +273,18 @@ def test_a_name_that_cannot_be_found_stands_among_all_problems(mlflow_sqlite: st
     assert "models:/nobody" not in " ".join(str(problem) for problem in caught.value.problems[2:])
 
 
+def test_who_submits_a_named_model_is_told_what_the_registry_says(tmp_path: Path) -> None:
+    """Before anything is uploaded, and among what else is wrong."""
+    from camopd.kubeflow.checks import check_inputs
+    from camopd.kubeflow.form import Wish
+
+    recipe = recipe_of(tmp_path, student="models:/icd-coder@tuned", **{"branches.domain.prompts": str(tmp_path / "none.jsonl")})
+    with pytest.raises(InputError) as caught:
+        check_inputs(Wish(recipe, recipe, {}, shipped=False), [], Store())
+    assert [problem.where for problem in caught.value.problems][:2] == ["student", "branches.domain.prompts"]
+    assert "models:/icd-coder@tuned names a registered model, and no registry is known" in str(caught.value)
+
+
 def test_an_adapter_waits_for_a_base_that_was_not_found(tmp_path: Path) -> None:
     """What is said of the base is enough: nobody looks for files below its name."""
     adapter = tmp_path / "adapter"
