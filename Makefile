@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM := .venv-vllm
 GPU := .venv-gpu
+HELM := .cache/helm
 SEED ?= 1
 ENGINE ?= podman
 VARIANT ?= cpu
 BASE ?=
 
-.PHONY: help setup demo seeds test test-fast test-vllm test-gpu bench-gpu lint compile micro locks images demo-containers test-images clean
+.PHONY: help setup demo seeds test test-fast test-vllm test-gpu bench-gpu lint chart compile micro locks images demo-containers test-images clean
 help:            ## List the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -24,10 +25,10 @@ demo: $(READY)   ## Recover the micro example through the compiled pipeline, on 
 seeds: $(READY)  ## The README's table: the demo's recovery over three seeds
 	$(BIN)/python benchmarks/micro_seeds.py --seeds 1 2 3
 
-test: $(READY) lint  ## Every test, with a real S3 server and a real MLflow server
+test: $(READY) $(HELM)/.ready lint  ## Every test, with a real S3 server and a real MLflow server
 	$(BIN)/python -m pytest
 
-test-fast: $(READY)  ## The tests that need no server and take seconds
+test-fast: $(READY) $(HELM)/.ready  ## The tests that need no server and take seconds
 	$(BIN)/python -m pytest -m "not slow"
 
 test-vllm: $(READY) $(VLLM)/.ready  ## The vLLM engine for real, on CPU, in an environment of its own (Python 3.11)
@@ -45,6 +46,13 @@ $(GPU)/.ready: pyproject.toml constraints.txt scripts/setup_gpu.sh
 
 lint: $(READY)   ## Style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+chart: $(READY) $(HELM)/.ready  ## The chart's README from its values, then lint, templates, strict manifests, and all its tests
+	$(BIN)/python scripts/chart_readme.py
+	$(HELM)/helm lint --strict helm/camopd
+	$(BIN)/python -m pytest tests/helm
+$(HELM)/.ready: scripts/setup_helm.sh | $(READY)
+	bash scripts/setup_helm.sh $(BIN)/python $(HELM)
 
 compile: $(READY)  ## Write pipelines/recovery.yaml again
 	$(BIN)/python -m pipelines.compile -o pipelines/recovery.yaml

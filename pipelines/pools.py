@@ -6,6 +6,7 @@ timeouts are constants of the compiled file. Without a pools file everything run
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -17,16 +18,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from camopd.errors import InputError, Problem
 from camopd.trainjob import JobSpec
-from camopd.trainjob.spec import RESERVED
+from camopd.trainjob.spec import CA_FOLDER, RESERVED, kueue_labels, trusting
 from components import TRAINER
+from pipelines.affinity import NodeAffinity
 
 _QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 _NAME = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"
+_LABEL = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+_LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
 _VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 _SECRET = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/[-._a-zA-Z0-9]+$"
 _SECRECY = re.compile(r"(^|_)(SECRET|PASSWORD|TOKEN|CREDENTIALS?|API_KEY|ACCESS_KEY)(_|$)", re.IGNORECASE)
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
-_OF_A_JOB = {"runtime", "runtime_kind", "resources", "service_account", "queue"}
+_OF_A_JOB = {"runtime", "runtime_kind", "resources", "service_account"}
 
 
 class _Table(BaseModel):
@@ -53,6 +57,12 @@ class Shared(_Table):
         default=(), description="Secrets with the registry's credentials."
     )
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    ca_bundle: str | None = Field(
+        default=None, pattern=_SECRET, description="name/key of a ConfigMap: all certificates that connections are to trust."
+    )
+    labels: dict[Annotated[str, Field(pattern=_LABEL)], Annotated[str, Field(pattern=_LABEL_VALUE)]] = Field(
+        default_factory=dict, description="Labels of the pods, for network policies, quotas and bills."
+    )
 
     @model_validator(mode="after")
     def _each_variable_once(self) -> Self:
@@ -90,7 +100,14 @@ class Pool(Shared):
         default=None, pattern=_QUANTITY, description="Disk at /tmp, an emptyDir: models are downloaded there."
     )
     selectors: dict[str, str] = Field(default_factory=dict, description="Node labels that must match.")
+    node_affinity: NodeAffinity | None = Field(
+        default=None, description="Node affinity in Kubernetes' own form, where selectors do not say enough."
+    )
     tolerations: tuple[Toleration, ...] = ()
+    queue: str | None = Field(
+        default=None, pattern=_NAME, description="Kueue's local queue; for single pods Kueue's pod integration must be on."
+    )
+    priority_class: str | None = Field(default=None, pattern=_NAME, description="Kueue's WorkloadPriorityClass in that queue.")
     retries: int = Field(
         default=0, ge=0, le=10, description="Times a failed task starts again; a finished stage is never done twice."
     )
@@ -101,6 +118,20 @@ class Pool(Shared):
         if (self.accelerator is None) != (self.count == 0):
             raise ValueError("accelerator and count belong together: name the resource and how many, or leave both out")
         return self
+
+    @model_validator(mode="after")
+    def _priority_is_the_queue_s(self) -> Self:
+        if self.priority_class and not self.queue:
+            raise ValueError(
+                "priority_class is Kueue's, so it needs a queue: neither KFP nor Kubeflow Trainer passes a pod's own priority "
+                "class on; without Kueue set it in Argo's workflowDefaults or in the TrainingRuntime"
+            )
+        return self
+
+    @property
+    def pod_labels(self) -> dict[str, str]:
+        """The labels of a pod, Kueue's among them."""
+        return self.labels | kueue_labels(self.queue, self.priority_class)
 
     def sharing(self, shared: Shared) -> Self:
         """With what all pools share, where this one does not say otherwise."""
@@ -115,6 +146,8 @@ class Pool(Shared):
                 "secrets": others(shared.secrets) | self.secrets,
                 "image_pull_secrets": self.image_pull_secrets or shared.image_pull_secrets,
                 "image_pull_policy": self.image_pull_policy or shared.image_pull_policy,
+                "ca_bundle": self.ca_bundle or shared.ca_bundle,
+                "labels": shared.labels | self.labels,
             }
         )
 
@@ -127,7 +160,9 @@ class Pool(Shared):
             kubernetes.set_image_pull_secrets(task, list(self.image_pull_secrets))
         if self.image_pull_policy:
             kubernetes.set_image_pull_policy(task, self.image_pull_policy)
-        for variable, value in self.env.items():
+        if self.ca_bundle:
+            kubernetes.use_config_map_as_volume(task, config_map_name=self.ca_bundle.split("/")[0], mount_path=CA_FOLDER)
+        for variable, value in (trusting(self.ca_bundle, self.secrets) | self.env).items():
             task.set_env_variable(variable, value)
         for variable, reference in self.secrets.items():  # one by one: two variables may want the same key
             secret, key = reference.split("/")
@@ -146,6 +181,10 @@ class Pool(Shared):
             kubernetes.add_node_selector(task, label_key=label, label_value=value)
         for toleration in self.tolerations:
             kubernetes.add_toleration(task, **toleration.model_dump())
+        if self.node_affinity:
+            kubernetes.add_node_affinity_json(task, self.node_affinity.as_kubernetes())
+        for label, value in self.pod_labels.items():
+            kubernetes.add_pod_label(task, label_key=label, label_value=value)
         if self.retries:
             task.set_retry(self.retries, backoff_duration="30s", backoff_factor=2, backoff_max_duration="600s")
         if self.timeout_minutes:
@@ -156,8 +195,9 @@ class Pool(Shared):
 class TrainingPool(Pool):
     """What training asks for: one pod, or with ``nodes`` above 1 the pods of a TrainJob that the train step launches.
 
-    Image, pull secrets, variables, accelerators, cores, memory, shared memory, selectors and tolerations are then those of each
-    pod, the timeout is the job's, and the step itself runs on the cpu pool, with this pool's retries.
+    Image, pull secrets, variables, labels, accelerators, cores, memory, shared memory, selectors, affinity and tolerations are
+    then those of each pod; timeout, queue and priority are the job's; the step itself runs on the cpu pool, with this one's
+    retries.
     """
 
     nodes: int = Field(default=1, ge=1, le=999, description="Pods that train together.")
@@ -169,7 +209,6 @@ class TrainingPool(Pool):
         default_factory=dict, description="Other resources of a pod, such as network cards."
     )
     service_account: str | None = Field(default=None, pattern=_NAME, description="Of the job's pods; none is the runtime's.")
-    queue: str | None = Field(default=None, pattern=_NAME, description="Kueue's local queue.")
 
     @model_validator(mode="after")
     def _job_or_pod(self) -> TrainingPool:
@@ -194,6 +233,7 @@ class TrainingPool(Pool):
         """The job's description, a constant of the compiled file. Text, since numbers of a STRUCT arrive as floats."""
         fields = {name: getattr(self, name) for name in JobSpec.model_fields}
         fields["image"] = self.image or TRAINER
+        fields["node_affinity"] = self.node_affinity.as_kubernetes() if self.node_affinity else {}
         fields["tolerations"] = tuple(toleration.model_dump(exclude_none=True) for toleration in self.tolerations)
         return JobSpec(**fields).model_dump_json(exclude_defaults=True)
 
@@ -226,19 +266,38 @@ class Pools(_Table):
 def load_pools(path: Path | None) -> Pools:
     """Read a pools file, each pool with what all of them share; None is everything on CPU.
 
+    Args:
+        path: TOML, or JSON where the name ends in ``.json``.
+
     Raises:
-        InputError: the file is missing, not TOML, or holds something else than pools; every problem is named.
+        InputError: the file is missing, cannot be parsed, or holds something else than pools; every problem is named.
     """
     if path is None:
         return Pools()
+    kind, parse = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
     try:
-        return Pools.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).spread()
+        values = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError([Problem(str(path), "no such file", "give the path of a pools file, or none for CPU")]) from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError([Problem(str(path), f"is not TOML: {error}", "see pipelines/pools.example.toml")]) from None
+    except ValueError as error:  # of either parser
+        raise InputError([Problem(str(path), f"is not {kind}: {error}", "see pipelines/pools.example.toml")]) from None
+    return check_pools(values, str(path))
+
+
+def check_pools(values: Any, source: str) -> Pools:
+    """The pools that a file's tables say, each with what all of them share.
+
+    Args:
+        values: the tables, as parsed.
+        source: whose they are, for messages.
+
+    Raises:
+        InputError: every problem, by name.
+    """
+    try:
+        return Pools.model_validate(values).spread()
     except ValidationError as error:
-        raise InputError([_problem(path, entry["loc"], entry["type"], entry["msg"]) for entry in error.errors()]) from None
+        raise InputError([_problem(source, entry["loc"], entry["type"], entry["msg"]) for entry in error.errors()]) from None
 
 
 _NAMED = "write the name of a Kubernetes object: small letters, digits, dots and hyphens"
@@ -247,16 +306,19 @@ _PATTERNS = {
     "runtime": _NAMED,
     "service_account": _NAMED,
     "queue": _NAMED,
+    "priority_class": _NAMED,
+    "labels": "write a Kubernetes label: letters, digits, dots, hyphens and underscores, at most 63",
     "image_pull_secrets": _NAMED,
     "env": "write the name of a variable: letters, digits and underscores",
+    "ca_bundle": 'write "configmap-name/key"',
     "secrets": 'write VARIABLE = "secret-name/key"',
 }
 
 
-def _problem(path: Path, place: tuple[int | str, ...], kind: str, message: str) -> Problem:
+def _problem(source: str, place: tuple[int | str, ...], kind: str, message: str) -> Problem:
     fixes = {
         "extra_forbidden": "the tables are all, cpu, inference, training and colocated; see pipelines/pools.example.toml",
         "string_pattern_mismatch": _PATTERNS.get(place[1] if len(place) > 1 else "", _PATTERNS[""]),
     }
     where = ".".join(map(str, place))
-    return Problem(f"{path}: {where}", message.removeprefix("Value error, "), fixes.get(kind, ""))
+    return Problem(f"{source}: {where}", message.removeprefix("Value error, "), fixes.get(kind, ""))

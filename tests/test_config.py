@@ -156,6 +156,27 @@ def test_a_password_is_not_repeated() -> None:
     assert "secret" not in str(problems_of(MINIMAL, {"tracking.uri": "https://me:secret@host"}))
 
 
+@pytest.mark.parametrize(
+    ("parameters", "output"),
+    [
+        ({}, "s3://cluster/runs"),
+        ({"output_uri": "recipe"}, "s3://cluster/runs"),
+        ({"output_uri": "s3://mine/runs"}, "s3://mine/runs"),
+    ],
+)
+def test_a_cluster_s_output_goes_before_the_recipe_s_and_after_the_run_form_s(monkeypatch, parameters, output):
+    monkeypatch.setenv("CAMOPD_OUTPUT", "s3://cluster/runs/")
+    assert load_recipe("recipes/medical-8b.toml", parameters).output == output
+    monkeypatch.setenv("CAMOPD_OUTPUT", "")
+    assert load_recipe("recipes/medical-8b.toml").output == "s3://runs/camopd"
+
+
+def test_a_cluster_s_output_that_is_none_is_named(monkeypatch):
+    monkeypatch.setenv("CAMOPD_OUTPUT", "bucket/runs")
+    with pytest.raises(InputError, match=r"CAMOPD_OUTPUT: .*write s3://bucket/runs"):
+        load_recipe("recipes/micro.toml")
+
+
 @pytest.mark.parametrize("field", ["seed", "method_seed", "output_notes", "branches.general.mass"])
 def test_the_word_recipe_leaves_the_recipes_value(field: str) -> None:
     assert load_recipe(MINIMAL, {field: "recipe"}) == load_recipe(MINIMAL)

@@ -7,6 +7,7 @@ own scripts. One frozen model a stage; defaults are the paper's (arXiv:2605.2711
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +54,9 @@ __all__ = [
     "load_recipe",
     "recipe_text",
 ]
+
+
+OUTPUT = "CAMOPD_OUTPUT"  # where a cluster's runs go, said once for all recipes
 
 
 class Recipe(Section):
@@ -246,7 +250,8 @@ def load_recipe(source: str | Path, parameters: Mapping[str, Any] | None = None,
         source: TOML text, a TOML file, its s3:// URI, or the name of a recipe in ./recipes. Relative locations (``./x``) in a
             file are relative to that file, in text and in parameters to the current folder.
         parameters: values by run-form field (``method_learning_rate``) or dotted key (``branches.general.mass``). The text
-            ``recipe`` leaves the recipe's value alone; every other value is meant, '' and 0 and False included.
+            ``recipe`` leaves the recipe's value alone; every other value is meant, '' and 0 and False included. Where they do
+            not say the output, the environment's CAMOPD_OUTPUT goes before the recipe's.
         store: reads an s3:// source.
 
     Raises:
@@ -255,6 +260,8 @@ def load_recipe(source: str | Path, parameters: Mapping[str, Any] | None = None,
     document = read_document(source, store or Store())
     values = _with_absolute_locations(document.values, document.base)
     values, origins, problems = apply_parameters(values, parameters or {}, Recipe, Branch)
+    if (shared := os.environ.get(OUTPUT)) and ("output",) not in origins:
+        values["output"], origins[("output",)] = shared, OUTPUT
     if "sources" in values:
         place = origins.get(("sources",)) or document.where(("sources",), "sources")
         problems.append(Problem(place, "tells where models came from, and is written by prepare", "leave it out"))

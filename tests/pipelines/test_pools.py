@@ -1,6 +1,8 @@
 """The pools file: what is wrong with it is said in one go and by name."""
 
+import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,13 @@ image_pull_policy = "Always"
 """
 OFFLINE = {"AWS_ENDPOINT_URL_S3": "https://s3.example", "HF_HUB_OFFLINE": "1"}
 KEYS = {"AWS_ACCESS_KEY_ID": "camopd-s3/access-key", "AWS_SECRET_ACCESS_KEY": "camopd-s3/secret-key"}
+
+
+def affinity(operator: str, values: list[str]) -> str:
+    """A preference for nodes, as a line of a pools file."""
+    term = f'{{ matchExpressions = [{{ key = "gpu", operator = "{operator}", values = {json.dumps(values)} }}] }}'
+    preferred = f"preferredDuringSchedulingIgnoredDuringExecution = [{{ weight = 10, preference = {term} }}]"
+    return f"node_affinity = {{ {preferred} }}\n"
 
 
 def refused(tmp_path: Path, text: str) -> str:
@@ -73,11 +82,18 @@ def test_every_problem_is_named_at_once(tmp_path):
             'training: nodes above 1 need a runtime of Kubeflow Trainer, such as runtime = "torch-distributed"',
         ),
         (
-            '[training]\nqueue = "gpus"\nenv = {A = "1"}\n',
-            "training: queue belong to a job on several nodes: set nodes above 1",
+            '[training]\nservice_account = "nodes"\nenv = {A = "1"}\n',
+            "training: service_account belong to a job on several nodes: set nodes above 1",
         ),
         (f'{NODES}image_pull_policy = "Always"\n', "image_pull_policy of a job's pods is the runtime's"),
         ("[all]\ncount = 1\n", "all.count"),
+        ('[all]\nca_bundle = "company-ca"\n', 'write "configmap-name/key"'),
+        ('[all]\nlabels = { "team!" = "a" }\n', "write a Kubernetes label"),
+        ('[inference]\npriority_class = "high"\n', "priority_class is Kueue's, so it needs a queue"),
+        (f"[inference]\n{affinity('Near', ['a'])}", "operator"),
+        (f"[inference]\n{affinity('In', [])}", "In and NotIn take values, Gt and Lt one"),
+        (f"[inference]\n{affinity('Gt', ['1', '2'])}", "In and NotIn take values, Gt and Lt one"),
+        ("[inference]\nnode_affinity = { podAffinity = {} }\n", "inference.node_affinity.podAffinity"),
         ('[all]\nimage_pull_policy = "Sometimes"\n', "all.image_pull_policy"),
         ('[all]\nimage_pull_secrets = ["My Registry"]\n', "write the name of a Kubernetes object"),
         ('[cpu]\nenv = { MLFLOW_TRACKING_PASSWORD = "x" }\n', "cpu.env: MLFLOW_TRACKING_PASSWORD look like secrets"),
@@ -99,6 +115,19 @@ def test_a_pool_that_cannot_work_is_refused(tmp_path, text, part):
     assert part in refused(tmp_path, text)
 
 
+def test_a_file_in_json_says_what_one_in_toml_says(tmp_path):
+    example = Path("pipelines/pools.example.toml")
+    path = tmp_path / "pools.json"
+    path.write_text(json.dumps(tomllib.loads(example.read_text(encoding="utf-8"))))
+    assert load_pools(path) == load_pools(example)
+    path.write_text('{"training": {"gpus": 8}}')
+    with pytest.raises(InputError, match=r"pools\.json: training\.gpus"):
+        load_pools(path)
+    path.write_text("[training]")
+    with pytest.raises(InputError, match=r"pools\.json: is not JSON"):
+        load_pools(path)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"none\.toml: no such file"):
         load_pools(tmp_path / "none.toml")
@@ -107,12 +136,14 @@ def test_a_missing_file_is_named(tmp_path):
 def test_what_a_job_on_several_nodes_asks_for_is_what_the_pool_says(tmp_path):
     path = tmp_path / "pools.toml"
     example = Path("pipelines/pools.example.toml").read_text(encoding="utf-8")
-    settings = """
+    settings = f"""
 service_account = "camopd-nodes"
 queue = "gpus"
-resources = { "rdma/ib" = "8" }
-env = { TOKENIZERS_PARALLELISM = "false" }
-secrets = { AWS_SECRET_ACCESS_KEY = "camopd-s3/secret-key" }
+priority_class = "nightly"
+labels = {{ team = "nlp" }}
+{affinity("In", ["h100"])}resources = {{ "rdma/ib" = "8" }}
+env = {{ TOKENIZERS_PARALLELISM = "false" }}
+secrets = {{ AWS_SECRET_ACCESS_KEY = "camopd-s3/secret-key" }}
 """
     path.write_text(example.replace("[training] ", NODES + settings + "#"), encoding="utf-8")
     assert JobSpec.model_validate_json(load_pools(path).training.job()) == JobSpec(
@@ -129,6 +160,13 @@ secrets = { AWS_SECRET_ACCESS_KEY = "camopd-s3/secret-key" }
         tolerations=({"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},),
         service_account="camopd-nodes",
         queue="gpus",
+        priority_class="nightly",
+        labels={"team": "nlp"},
+        node_affinity={
+            "preferredDuringSchedulingIgnoredDuringExecution": [
+                {"weight": 10, "preference": {"matchExpressions": [{"key": "gpu", "operator": "In", "values": ["h100"]}]}}
+            ]
+        },
         resources={"rdma/ib": "8"},
         env={"TOKENIZERS_PARALLELISM": "false"},
         secrets={"AWS_SECRET_ACCESS_KEY": "camopd-s3/secret-key"},
@@ -211,3 +249,34 @@ def test_without_a_word_of_it_pods_are_given_nothing(tmp_path):
     assert not any("env" in container for container in containers.values())
     asked = set().union(*pods.values())
     assert asked == {"emptyDirMounts"}
+
+
+def test_labels_queue_and_affinity_are_those_of_the_pods(tmp_path):
+    pools = '[all]\nlabels = { team = "nlp", cost = "research" }\n'
+    pools += f'[inference]\nlabels = {{ cost = "gpu" }}\nqueue = "gpus"\npriority_class = "low"\n{affinity("In", ["l40s"])}'
+    _, _, pods = compiled(tmp_path, pools)
+    assert pods["exec-prepare"]["podMetadata"] == {"labels": {"team": "nlp", "cost": "research"}}
+    assert "nodeAffinity" not in pods["exec-prepare"]
+    assert pods["exec-rollout"]["podMetadata"]["labels"] == {
+        "team": "nlp",
+        "cost": "gpu",
+        "kueue.x-k8s.io/queue-name": "gpus",
+        "kueue.x-k8s.io/priority-class": "low",
+    }
+    (term,) = pods["exec-rollout"]["nodeAffinity"]
+    nodes = {"matchExpressions": [{"key": "gpu", "operator": "In", "values": ["l40s"]}]}
+    assert term["nodeAffinityJson"]["runtimeValue"]["constant"] == {
+        "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 10, "preference": nodes}]
+    }
+
+
+def test_a_bundle_of_certificates_is_mounted_and_named(tmp_path):
+    pools = '[all]\nca_bundle = "company-ca/ca.crt"\n[cpu]\nsecrets = { AWS_CA_BUNDLE = "s3/bundle" }\n'
+    _, containers, pods = compiled(tmp_path, pools)
+    path = "/etc/camopd-ca/ca.crt"
+    named = {"REQUESTS_CA_BUNDLE": path, "SSL_CERT_FILE": path}
+    assert variables(containers["exec-prepare"]) == named, "what a Secret says is left alone"
+    assert variables(containers["exec-rollout"]) == {"AWS_CA_BUNDLE": path, **named}
+    (volume,) = pods["exec-rollout"]["configMapAsVolume"]
+    assert (volume["configMapName"], volume["mountPath"]) == ("company-ca", "/etc/camopd-ca")
+    assert not volume.get("optional")

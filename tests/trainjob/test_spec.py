@@ -33,8 +33,16 @@ FULL = JobSpec(
     tolerations=({"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},),
     service_account="camopd-nodes",
     queue="gpu-queue",
+    priority_class="nightly",
+    labels={"team": "nlp"},
+    node_affinity={
+        "requiredDuringSchedulingIgnoredDuringExecution": {
+            "nodeSelectorTerms": [{"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]}]
+        }
+    },
     env={"NCCL_DEBUG": "WARN", "AWS_ENDPOINT_URL_S3": "https://s3.example"},
     secrets={"AWS_SECRET_ACCESS_KEY": "camopd-s3/secret-key", "AWS_ACCESS_KEY_ID": "camopd-s3/access-key"},
+    ca_bundle="company-ca/ca.crt",
     timeout_minutes=90,
 )
 
@@ -54,7 +62,11 @@ def test_who_it_is_and_whose():
     assert (job["apiVersion"], job["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
     assert job["metadata"] == {
         "name": job_name(ROUND),
-        "labels": {"app.kubernetes.io/managed-by": "camopd", "kueue.x-k8s.io/queue-name": "gpu-queue"},
+        "labels": {
+            "app.kubernetes.io/managed-by": "camopd",
+            "kueue.x-k8s.io/queue-name": "gpu-queue",
+            "kueue.x-k8s.io/priority-class": "nightly",
+        },
         "annotations": {"camopd.io/run": "s3://bucket/runs/medical-8b-0123456789ab", "camopd.io/round": "7"},
         "ownerReferences": [{"apiVersion": "v1", "kind": "Pod", "name": "train-pod", "uid": "u-1"}],
     }
@@ -78,7 +90,8 @@ def test_what_each_pod_asks_for():
 
 
 def test_secrets_are_references_and_never_values():
-    assert render(FULL, ROUND)["spec"]["trainer"]["env"] == [
+    job = render(FULL, ROUND)["spec"]["trainer"]
+    assert [entry for entry in job["env"] if entry.get("value") != "/etc/camopd-ca/ca.crt"] == [
         {"name": "AWS_ENDPOINT_URL_S3", "value": "https://s3.example"},
         {"name": "NCCL_DEBUG", "value": "WARN"},
         {"name": "AWS_ACCESS_KEY_ID", "valueFrom": {"secretKeyRef": {"name": "camopd-s3", "key": "access-key"}}},
@@ -86,24 +99,36 @@ def test_secrets_are_references_and_never_values():
     ]
 
 
+def test_a_bundle_of_certificates_is_named_to_all_that_open_connections():
+    env = {entry["name"]: entry.get("value") for entry in render(FULL, ROUND)["spec"]["trainer"]["env"]}
+    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
+        assert env[name] == "/etc/camopd-ca/ca.crt"
+
+
 def test_where_the_pods_run():
     job = render(FULL, ROUND)
     assert job["spec"]["runtimePatches"][0]["manager"] == "camopd.io/pools"  # Trainer wants a prefix of a domain
     assert pod_template(job) == {
-        "metadata": {"labels": {"app.kubernetes.io/managed-by": "camopd", "sidecar.istio.io/inject": "false"}},
+        "metadata": {"labels": {"team": "nlp", "app.kubernetes.io/managed-by": "camopd", "sidecar.istio.io/inject": "false"}},
         "spec": {
             "serviceAccountName": "camopd-nodes",
             "imagePullSecrets": [{"name": "registry"}, {"name": "mirror"}],
             "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"},
+            "affinity": {"nodeAffinity": FULL.node_affinity},
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
             "volumes": [
                 {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Gi"}},
                 {"name": "scratch", "emptyDir": {"sizeLimit": "1Ti"}},
+                {"name": "ca", "configMap": {"name": "company-ca"}},
             ],
             "containers": [
                 {
                     "name": "node",
-                    "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}, {"name": "scratch", "mountPath": "/tmp"}],
+                    "volumeMounts": [
+                        {"name": "shm", "mountPath": "/dev/shm"},
+                        {"name": "scratch", "mountPath": "/tmp"},
+                        {"name": "ca", "mountPath": "/etc/camopd-ca"},
+                    ],
                 }
             ],
         },
@@ -177,7 +202,7 @@ BROKEN = {
     'unknown field "spec.podTemplateOverrides"': lambda spec: spec.update(podTemplateOverrides=[]),
     'unknown field "spec.trainer.envFrom"': lambda spec: spec["trainer"].update(envFrom=[]),
     "runtimeRef.name: is missing": lambda spec: spec["runtimeRef"].pop("name"),
-    "key: is missing": lambda spec: spec["trainer"]["env"][2]["valueFrom"]["secretKeyRef"].pop("key"),
+    "key: is missing": lambda spec: spec["trainer"]["env"][-1]["valueFrom"]["secretKeyRef"].pop("key"),
     "does not match": lambda spec: spec["trainer"]["resourcesPerNode"]["limits"].update(memory="lots"),
     "manager: has a wrong length": lambda spec: spec["runtimePatches"][0].update(manager=""),
 }

@@ -11,7 +11,7 @@ import typer
 
 from camopd import __version__
 from camopd.attempts import heeding_sigterm
-from camopd.cli import cluster, planning, stages
+from camopd.cli import checking, cluster, planning, stages
 from camopd.errors import CamopdError
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 STAGES = (stages.prepare, stages.rollout, stages.score, stages.select, stages.train, stages.evaluate, stages.promote)
-VERBS = (*STAGES, stages.run, stages.recover, planning.plan, cluster.submit, cluster.watch, cluster.sync)
+VERBS = (*STAGES, stages.run, stages.recover, planning.plan, cluster.submit, cluster.watch, cluster.sync, checking.check)
 for verb in VERBS:
     app.command()(verb)
 

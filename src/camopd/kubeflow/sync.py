@@ -22,7 +22,6 @@ from camopd.kubeflow.client import ApiError, Connection
 from camopd.kubeflow.schedules import File, Wanted, wanted, wish_digest
 from camopd.kubeflow.submit import experiment_id
 from camopd.kubeflow.versions import EQUALS, Version, compiled, uploaded, version_of
-from camopd.recipe.document import to_toml
 from camopd.store import Store
 
 ABOUT = "Kept by camopd sync for {owner}: schedule {name}, wish {digest}. Change it in the values, not here."
@@ -275,8 +274,8 @@ def _body(file: File, schedule: Wanted, version: Version, experiment: str) -> di
 def _compiled(file: File) -> Iterator[Path]:
     """The pipeline, compiled for the file's pools. Raises InputError for these, ClusterError where its sources are missing."""
     with ExitStack() as opened:
-        pools = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="camopd-")), "pools.toml")
-        pools.write_text(to_toml(file.pools), encoding="utf-8")
+        pools = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="camopd-")), "pools.json")
+        pools.write_text(json.dumps(file.pools), encoding="utf-8")
         try:
             path = opened.enter_context(compiled(pools if file.pools else None))
         except InputError as error:

@@ -18,6 +18,7 @@ from camopd.store import digest
 API_GROUP, API_VERSION, PLURAL, KIND = "trainer.kubeflow.org", "v1alpha1", "trainjobs", "TrainJob"
 NODE = "node"  # the replicated job that trains and its container, in every runtime for torch that Trainer ships
 MANAGED_BY = {"app.kubernetes.io/managed-by": "camopd"}
+CA_FOLDER = "/etc/camopd-ca"
 SERVES = "camopd.io"  # prefix of our annotations, and the manager of our patches
 RESERVED = ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")  # set by the runtime
 
@@ -39,11 +40,15 @@ class JobSpec(BaseModel):
         scratch: size of the disk at /tmp, where models are downloaded.
         resources: other resources of a pod, such as network cards.
         selectors: node labels that must match.
+        node_affinity: in Kubernetes' fields.
         tolerations: taints that are accepted, in Kubernetes' fields.
+        labels: of the pods.
         service_account: of the pods; none is the runtime's.
         queue: Kueue's local queue.
+        priority_class: Kueue's WorkloadPriorityClass in that queue.
         env: variables of the pods.
         secrets: variables whose value is ``name/key`` of a Secret.
+        ca_bundle: ``name/key`` of a ConfigMap with the certificates to trust.
         timeout_minutes: longest time of a job, not counting the time in a queue.
     """
 
@@ -62,12 +67,30 @@ class JobSpec(BaseModel):
     scratch: str | None = None
     resources: Mapping[str, str] = {}
     selectors: Mapping[str, str] = {}
+    node_affinity: Mapping[str, Any] = {}
     tolerations: tuple[Mapping[str, str], ...] = ()
+    labels: Mapping[str, str] = {}
     service_account: str | None = None
     queue: str | None = None
+    priority_class: str | None = None
     env: Mapping[str, str] = {}
     secrets: Mapping[str, str] = {}
+    ca_bundle: str | None = None
     timeout_minutes: int | None = None
+
+
+def kueue_labels(queue: str | None, priority_class: str | None) -> dict[str, str]:
+    """What puts an object into Kueue's local queue, at a priority there; nothing without a queue."""
+    named = {"queue-name": queue, "priority-class": priority_class}
+    return {f"kueue.x-k8s.io/{name}": value for name, value in named.items() if value}
+
+
+def trusting(ca_bundle: str | None, secrets: Mapping[str, str]) -> dict[str, str]:
+    """The variables by which boto3, requests, and OpenSSL or Go find the bundle, but for those that a Secret says."""
+    if ca_bundle is None:
+        return {}
+    path = f"{CA_FOLDER}/{ca_bundle.rpartition('/')[2]}"
+    return {name: path for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE") if name not in secrets}
 
 
 def job_name(round_uri: str) -> str:
@@ -94,7 +117,7 @@ def render(spec: JobSpec, round_uri: str, *, owner: Mapping[str, str] | None = N
     run_uri, number = layout.run_and_round(round_uri)
     metadata: dict[str, Any] = {
         "name": job_name(round_uri),
-        "labels": MANAGED_BY | ({"kueue.x-k8s.io/queue-name": spec.queue} if spec.queue else {}),
+        "labels": MANAGED_BY | kueue_labels(spec.queue, spec.priority_class),
         "annotations": {f"{SERVES}/run": run_uri, f"{SERVES}/round": str(number)},
     }
     if owner:
@@ -118,7 +141,8 @@ def render(spec: JobSpec, round_uri: str, *, owner: Mapping[str, str] | None = N
 
 
 def _environment(spec: JobSpec) -> list[dict[str, Any]]:
-    plain = [{"name": name, "value": value} for name, value in sorted(spec.env.items())]
+    env = trusting(spec.ca_bundle, spec.secrets) | dict(spec.env)
+    plain = [{"name": name, "value": value} for name, value in sorted(env.items())]
     references = [(name, *place.split("/")) for name, place in sorted(spec.secrets.items())]
     return plain + [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}} for name, secret, key in references
@@ -145,16 +169,29 @@ def _patch(spec: JobSpec) -> dict[str, Any]:
         pod["imagePullSecrets"] = [{"name": name} for name in spec.image_pull_secrets]
     if spec.selectors:
         pod["nodeSelector"] = dict(spec.selectors)
+    if spec.node_affinity:
+        pod["affinity"] = {"nodeAffinity": dict(spec.node_affinity)}
     if spec.tolerations:
         pod["tolerations"] = [dict(toleration) for toleration in spec.tolerations]
-    shm = [("shm", "/dev/shm", {"medium": "Memory", "sizeLimit": spec.shm})] if spec.shm else []
-    scratch = [("scratch", "/tmp", {"sizeLimit": spec.scratch})] if spec.scratch else []
-    if volumes := shm + scratch:
-        pod["volumes"] = [{"name": name, "emptyDir": kind} for name, _, kind in volumes]
+    if volumes := _volumes(spec):
+        pod["volumes"] = [{"name": name, **kind} for name, _, kind in volumes]
         pod["containers"] = [{"name": NODE, "volumeMounts": [{"name": name, "mountPath": at} for name, at, _ in volumes]}]
     # Istio's proxy neither lets the nodes meet nor ends when they do.
-    template: dict[str, Any] = {"metadata": {"labels": MANAGED_BY | {"sidecar.istio.io/inject": "false"}}}
+    labels = {**spec.labels, **MANAGED_BY, "sidecar.istio.io/inject": "false"}
+    template: dict[str, Any] = {"metadata": {"labels": labels}}
     if pod:
         template["spec"] = pod
     job = {"name": NODE, "template": {"spec": {"template": template}}}
     return {"manager": f"{SERVES}/pools", "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [job]}}}}
+
+
+def _volumes(spec: JobSpec) -> list[tuple[str, str, dict[str, Any]]]:
+    """Name, place and kind of what is mounted."""
+    volumes: list[tuple[str, str, dict[str, Any]]] = []
+    if spec.shm:
+        volumes.append(("shm", "/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": spec.shm}}))
+    if spec.scratch:
+        volumes.append(("scratch", "/tmp", {"emptyDir": {"sizeLimit": spec.scratch}}))
+    if spec.ca_bundle:
+        volumes.append(("ca", CA_FOLDER, {"configMap": {"name": spec.ca_bundle.split("/")[0]}}))
+    return volumes
