@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from camopd.config import Recipe, load_recipe
 from camopd.recipe.document import SHIPPED, absolute, key_lines, to_toml
-from camopd.recipe.values import PromptSource, Teacher, Uri
+from camopd.recipe.values import Model, PromptSource, Teacher, Uri
 from camopd.store import Store
 from tests.test_config import MINIMAL, problems_of
 
@@ -132,7 +132,7 @@ def locations(recipe: Recipe) -> list[str]:
     """Every value of a field that is a location, found by its type."""
 
     def of(section: object, model: type) -> list[str]:
-        locations = (Uri, PromptSource, Teacher)
+        locations = (Uri, Model, PromptSource, Teacher)
         hints = typing.get_type_hints(model, include_extras=True)
         kinds = {name: (hint, *typing.get_args(hint)) for name, hint in hints.items()}
         return [getattr(section, name) for name, kind in kinds.items() if any(one in kind for one in locations)]

@@ -190,7 +190,6 @@ def test_cron_has_the_second_first() -> None:
         "0 */15 8-18 1,15 jan-mar MON-FRI",
         "0 0 2 * *",
         "@daily",
-        "TZ=Europe/Berlin 0 0 2 * * ?",
         "@every 6h",
     ):
         check_cron(right)
@@ -202,6 +201,7 @@ def test_cron_has_the_second_first() -> None:
         "0 0 5-2 * * *",
         "0 0 2 * * */0",
         "0 0 2 * * L",
+        "TZ=Europe/Berlin 0 0 2 * * ?",  # of later versions of robfig/cron
         "",
     ):
         with pytest.raises(Refused):

@@ -196,7 +196,7 @@ def test_the_log_of_the_last_attempt(kfp: KfpApi, camopd: Camopd, tmp_path: Path
     import yaml
 
     documents = [yaml.safe_load(COMPILED.read_text())]
-    tasks = documents[0]["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    tasks = documents[0]["components"]["comp-condition-2"]["dag"]["tasks"]
     tasks["prepare"]["retryPolicy"] = {"maxRetryCount": 2}
     label = documents[0]["components"]["comp-prepare"]["executorLabel"]
     pod = {"podMetadata": {"labels": {"team": "a", "app": "camopd"}}}

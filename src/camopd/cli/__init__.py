@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 STAGES = (stages.prepare, stages.rollout, stages.score, stages.select, stages.train, stages.evaluate, stages.promote)
-CLUSTER = (cluster.submit, cluster.watch, checking.check)
+CLUSTER = (cluster.submit, cluster.watch, cluster.sync, checking.check)
 REGISTRY = (registry.approve, registry.reject, registry.rollback, registry.history)
 VERBS = (*STAGES, stages.run, stages.recover, planning.plan, *CLUSTER, *REGISTRY, retention.gc)
 for verb in VERBS:

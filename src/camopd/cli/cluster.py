@@ -81,6 +81,31 @@ def watch(
     _follow(_connected(host, namespace), run_id)
 
 
+def sync(
+    file: Annotated[Path, typer.Argument(help="Schedules, pipeline and pools: JSON or YAML, as the chart writes it.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what differs.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Take this owner's schedules away; before an uninstall.")] = False,
+    host: HostOption = "",
+) -> None:
+    """Make the cluster's schedules what a file says. Called again, it finds nothing to do.
+
+    **Reads** the KFP API, and recipes. **Writes** a pipeline version, where the server has none of that content, and recurring
+    runs. Nothing of other owners is touched and no run is stopped: a recurring run with a run in flight is only switched off.
+
+    Example: `camopd sync schedules.yaml --dry-run`
+    """
+    from camopd.kubeflow import schedules
+    from camopd.kubeflow import sync as syncing
+    from camopd.store import Store
+
+    if remove:
+        owner, namespace = schedules.owner_of(file)
+        syncing.remove(_connected(host, namespace), owner, say=typer.echo, dry_run=dry_run)
+        return
+    wanted = schedules.read(file)
+    syncing.sync(_connected(host, wanted.namespace), wanted, store=Store(), say=typer.echo, dry_run=dry_run)
+
+
 def _connected(host: str, namespace: str) -> Connection:
     from camopd.kubeflow.client import connect
 

@@ -13,6 +13,7 @@ from camopd.estimate.pods import check_pods
 from camopd.estimate.work import scored_branches
 from camopd.kubeflow.form import IN_IMAGE, RECIPE, Wish
 from camopd.kubeflow.spec import Spec, image_of
+from camopd.recipe.registered import is_registered
 from camopd.recipe.served import is_served
 from camopd.store import Store, is_s3, join
 
@@ -45,6 +46,8 @@ def check_inputs(wish: Wish, earlier: list[Problem], store: Store) -> None:
         StoreError: the store cannot be asked from here.
     """
     from camopd import prepare
+    from camopd.inputs.registered import resolve_models
+    from camopd.tracking import tracker_for
 
     output = wish.recipe.output
     if is_s3(output):
@@ -58,8 +61,9 @@ def check_inputs(wish: Wish, earlier: list[Problem], store: Store) -> None:
             fix = "set AWS_ENDPOINT_URL_S3 and credentials as the pods have them, or leave it to the run's first step: "
             fix += "--preflight recipe"
             raise StoreError(f"the inputs cannot be checked from this machine ({error}): {fix}") from None
+    resolved = resolve_models(wish.recipe, tracker_for(wish.recipe.tracking), store)
     try:
-        prepare.check(wish.recipe, store=store, writes=is_s3(output))
+        prepare.check(resolved.recipe, store=store, writes=is_s3(output), earlier=resolved.problems)
     except InputError as error:
         raise InputError([*earlier, *(_seen_from_here(each) for each in error.problems if each not in earlier)]) from None
     if earlier:
@@ -90,7 +94,7 @@ def locations(recipe: Recipe) -> dict[str, str]:
 
 def _local(wish: Wish) -> Iterator[Problem]:
     for parameter, location in locations(wish.sent).items():
-        if is_s3(location) or is_served(location) or location.startswith("models:/"):
+        if is_s3(location) or is_served(location) or is_registered(location):
             continue
         if parameter == "output":
             fix = "give an s3:// prefix: -s output_uri=s3://bucket/prefix, or output in the recipe"

@@ -103,7 +103,7 @@ def _spread(
             problems.append(Problem(key, "is the recipe itself", "give it as the argument"))
         elif key in inputs or key in fields:
             try:
-                form[fields.get(key, key)] = _typed(value, inputs[fields.get(key, key)])
+                form[fields.get(key, key)] = typed(value, inputs[fields.get(key, key)])
             except ValueError as error:
                 problems.append(Problem(key, str(error)))
         elif key in FORM_FIELDS or key in ROLE_FIELDS:
@@ -119,7 +119,7 @@ def _spread(
     return form, {key: value for key, value in dotted.items() if key not in unknown}, problems
 
 
-def _typed(value: str, field: Mapping[str, Any]) -> Any:
+def typed(value: str, field: Mapping[str, Any]) -> Any:
     """The value as the API wants it, which refuses text for a number. Raises ValueError with the reason."""
     kind = field.get("parameterType", "STRING")
     if kind == "BOOLEAN":

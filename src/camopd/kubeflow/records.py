@@ -75,7 +75,7 @@ class Records:
 
         def told() -> str:
             self.store.stat(outcome.job_uri(*job))  # or the page would take a store that does not answer for the run's failure
-            return outcome.describe_job(*job, succeeded=succeeded, store=self.store)
+            return outcome.ending_of_job(*job, succeeded=succeeded, store=self.store).page()
 
         return self._look(told) or ""
 
@@ -100,7 +100,7 @@ class Records:
         result = outcome.result_of(self.plan, self.store) if self.plan else None
         if result is None or self.plan is None:
             return False
-        outcome.print_result(result, self.plan, console)
+        outcome.print_result(result, self.plan, console, self.store)
         return True
 
     def _look(self, ask: Callable[[], Answer]) -> Answer | None:

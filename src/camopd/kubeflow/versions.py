@@ -56,8 +56,13 @@ def newest(connection: Connection, pipeline: str) -> Version | None:
     return None
 
 
-def version_of(connection: Connection, file: Path) -> Version:
+def version_of(connection: Connection, file: Path, pipeline: str = "") -> Version:
     """The version that holds a compiled file's content, which its name says; without ids where it has to be uploaded.
+
+    Args:
+        connection: to the KFP API.
+        file: the compiled file.
+        pipeline: name of the pipeline on the server; empty: the file's own.
 
     Raises:
         InputError: no such file, or no compiled pipeline.
@@ -73,7 +78,7 @@ def version_of(connection: Connection, file: Path) -> Version:
     if spec is None:
         raise InputError([wrong])
     name = f"sha256-{hashlib.sha256(content).hexdigest()[:12]}"
-    return _found(connection, Version(name_of(spec), name, spec, file=file))
+    return _found(connection, Version(pipeline or name_of(spec), name, spec, file=file))
 
 
 def uploaded(connection: Connection, version: Version) -> Version:
