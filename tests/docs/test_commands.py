@@ -5,6 +5,7 @@ with ``# not run: <why>``, for the reader to see; one that begins with ``# yours
 test sets it to its own servers.
 """
 
+import contextlib
 import os
 import re
 import subprocess
@@ -12,9 +13,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
+from tests.fixtures.kfp_api import KfpApi, kfp
+from tests.fixtures.s3 import S3Server
+from tests.helm.conftest import tools
+
+__all__ = ["kfp", "tools"]
 ROOT = Path(__file__).parents[2]
-PAGES = ("components.md", "promotion.md")
+PAGES = ("components.md", "install.md", "operations.md", "promotion.md")
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NOT_RUN, YOURS = "# not run: ", "# yours:"
 
@@ -34,10 +41,14 @@ def checkout(folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_a_page_run(page, tmp_path, s3_prefix, mlflow_server):
+def test_the_commands_of_a_page_run(
+    page: str, tmp_path: Path, s3_prefix: str, s3_server: S3Server, mlflow_server: str, kfp: KfpApi, tools: Path
+) -> None:
+    with contextlib.suppress(ClientError):  # of an earlier page
+        s3_server.client().create_bucket(Bucket="camopd")
     script = "\n".join(block for block in blocks(page) if not block.startswith((NOT_RUN, YOURS)))
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "src:."}
-    environment |= {"MLFLOW_TRACKING_URI": mlflow_server, "RUNS": f"{s3_prefix}/runs"}
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{tools}:{os.environ['PATH']}", "PYTHONPATH": "src:."}
+    environment |= {"MLFLOW_TRACKING_URI": mlflow_server, "RUNS": f"{s3_prefix}/runs", "KFP_HOST": kfp.host}
     done = subprocess.run(
         ["bash", "-euxo", "pipefail", "-c", script],
         cwd=checkout(tmp_path / "checkout"),
@@ -47,6 +58,9 @@ def test_the_commands_of_a_page_run(page, tmp_path, s3_prefix, mlflow_server):
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    if page == "install.md":
+        (run,) = kfp.runs.values()
+        assert run["runtime_config"]["parameters"]["output_uri"] == "s3://camopd/runs", "what the values say"
 
 
 def test_every_page_with_commands_is_run():

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "operations.md"
-CLUSTERS = "Pods that do not start, or are killed"  # Kubernetes' own words stand there beside ours
+CLUSTERS = ("Pods that do not start, or are killed", "The chart")  # Kubernetes' own words stand there beside ours
 ANY = "…"
 
 
@@ -47,7 +47,7 @@ def says(text: str) -> bool:
 
 @pytest.mark.parametrize(("section", "text"), quotations())
 def test_the_program_says_what_the_page_quotes(section, text):
-    assert says(text) or section == CLUSTERS, f"{text!r} is not in the source any more"
+    assert says(text) or section in CLUSTERS, f"{text!r} is not in the source any more"
 
 
 def test_a_sentence_that_nobody_says_is_seen():
