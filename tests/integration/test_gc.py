@@ -14,6 +14,7 @@ from camopd import workflow
 from camopd.evaluate import evaluation_uri
 from camopd.plan import Plan
 from camopd.store import Store, join
+from camopd.tracking.references import normalised
 from tests.integration.runs import ROOT, SMALL, camopd
 
 pytestmark = pytest.mark.slow
@@ -70,3 +71,24 @@ def test_after_a_removal(tmp_path, monkeypatch, webhook) -> None:
     whole = workflow.run(RECIPE, asked | {"num_rounds": "4", "output": str(tmp_path / "never-collected")})
     ends = [store.require(layout.checkpoint_uri(layout.round_uri(uri, 4))).content_id for uri in (longer.uri, whole.uri)]
     assert ends[0] == ends[1]
+
+
+def test_a_promoted_model_is_whole_afterwards(tmp_path, monkeypatch, mlflow_sqlite, webhook) -> None:
+    """Even where no checkpoint is to stay: what the version points to does, and the run is a promoted one as before."""
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_sqlite)
+    store, output = Store(), tmp_path / "runs"
+    asked = {"num_rounds": "2", "output": str(output), "gate.min_retained": "0.5"}
+    first = workflow.run(RECIPE, asked)
+    assert first.release["status"] == "promoted"
+    then = time.time() - 40 * 86400
+    for path in output.rglob("*"):
+        os.utime(path, (then, then))
+    camopd("gc", str(output), "--delete", "--checkpoints", "none", "--whole-runs", MLFLOW_TRACKING_URI=mlflow_sqlite)
+    plan = Plan.load(store, first.uri)
+    assert store.manifest(layout.checkpoint_uri(plan.rounds[0])) is None
+    version = MlflowClient(mlflow_sqlite).get_model_version_by_alias("micro-recovered", "champion")
+    assert store.verify(normalised(version.source), deep=True) == []
+    assert workflow.run(RECIPE, asked).release["status"] == "already-promoted"
+    assert [sent["status"] for sent in webhook.sent] == ["success"]
