@@ -22,6 +22,7 @@ def prepare(
     output_notes: str = "recipe",
     output_promote: bool = True,
     output_uri: str = "recipe",
+    schedule_name: str = "none",
 ) -> list[str]:
     """Check every input, give each its content id, and write the run's plan. Needs no GPU and loads no weights.
 
@@ -43,6 +44,7 @@ def prepare(
         output_notes: Free text kept with the run.
         output_promote: Off: register nothing; on: as the recipe says.
         output_uri: Folder or s3:// prefix of the run.
+        schedule_name: The schedule that has started the run; "none" is somebody.
 
     Returns:
         The prefix of each round, in order; of the last one alone where one pod does them all.
@@ -50,7 +52,7 @@ def prepare(
     form = {name: value for name, value in locals().items() if name.startswith(("input_", "method_", "output_"))}
     from camopd.workflow import prepare
 
-    done = prepare(recipe, {name: value for name, value in form.items() if value is not True}, job=job)
+    done = prepare(recipe, {name: value for name, value in form.items() if value is not True}, job=job, schedule=schedule_name)
     with open(settings.path, "w", encoding="utf-8") as file:
         file.write(done.document)
     for name, value in done.metrics.items():

@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.live import Live
 
 from camopd import workflow
+from camopd.board import Board, Tail, clock
 from camopd.errors import CamopdError, InputError, Problem
 from camopd.outcome import describe, print_result, result_of
 from camopd.plan import Plan
 from camopd.recipe.parameters import FORM_FIELDS, ROLE_FIELDS, SWITCH, did_you_mean
 from camopd.store import Store, digest
-from pipelines.board import Board, Tail, clock
 from pipelines.containers import Folders, absolute_form, folders_of, share_database
 
 CACHE = Path(".cache/pipeline")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import tomllib
 import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from camopd.config import Recipe, load_recipe
-from camopd.recipe.document import absolute, key_lines
-from camopd.recipe.values import PromptSource, Teacher, Uri
+from camopd.recipe.document import SHIPPED, absolute, key_lines, to_toml
+from camopd.recipe.values import Model, PromptSource, Teacher, Uri
 from camopd.store import Store
 from tests.test_config import MINIMAL, problems_of
 
@@ -128,7 +132,7 @@ def locations(recipe: Recipe) -> list[str]:
     """Every value of a field that is a location, found by its type."""
 
     def of(section: object, model: type) -> list[str]:
-        locations = (Uri, PromptSource, Teacher)
+        locations = (Uri, Model, PromptSource, Teacher)
         hints = typing.get_type_hints(model, include_extras=True)
         kinds = {name: (hint, *typing.get_args(hint)) for name, hint in hints.items()}
         return [getattr(section, name) for name, kind in kinds.items() if any(one in kind for one in locations)]
@@ -183,3 +187,20 @@ def test_a_recipe_in_s3_with_its_data_beside_it(s3_prefix: str) -> None:
     assert recipe.student == f"{s3_prefix}/recipes/student"
     assert recipe.output == f"{s3_prefix}/runs"
     assert "cannot be read" in problems_of(f"{s3_prefix}/none.toml")[f"{s3_prefix}/none.toml"]
+
+
+# --- Written again --------------------------------------------------------------------------------------------------------
+
+SCALARS = st.one_of(st.text(), st.booleans(), st.integers(-(2**62), 2**62), st.floats(allow_nan=False))
+TABLES = st.dictionaries(st.text(), st.one_of(SCALARS, st.lists(SCALARS), st.dictionaries(st.text(), SCALARS)))
+
+
+@given(st.dictionaries(st.text(), st.one_of(SCALARS, st.lists(SCALARS), TABLES, st.lists(TABLES, min_size=1))))
+def test_tables_written_as_toml_are_read_as_they_were(values: dict[str, Any]) -> None:
+    assert tomllib.loads(to_toml(values)) == values
+
+
+def test_recipes_written_again_say_the_same() -> None:
+    for path in SHIPPED.glob("*.toml"):
+        values = tomllib.loads(path.read_text())
+        assert tomllib.loads(to_toml(values)) == values

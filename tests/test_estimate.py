@@ -422,9 +422,9 @@ def test_pods_are_those_of_the_compiled_graph(rounds: int, branches: int, shards
     turns = {"rounds": rounds, "branches": branches, "rollout shards": shards, "score shards": shards * branches}
     way = "go" if shards == 1 else "shards"
     recipe = recipe_of(num_rounds=rounds, shards=shards)
-    assert pods(recipe, rounds * branches) == started(spec, "root", turns, {way, "passed"})
+    assert pods(recipe, rounds * branches) == started(spec, "root", turns, {"new", way, "passed"})
     colocated = recipe_of(num_rounds=rounds, execution="colocated")
-    assert pods(colocated, rounds * branches) == started(spec, "root", turns | {"rounds": 1}, {"colocated", "passed"})
+    assert pods(colocated, rounds * branches) == started(spec, "root", turns | {"rounds": 1}, {"new", "colocated", "passed"})
 
 
 def test_the_count_beside_the_plan_is_that_of_the_committed_graph() -> None:
@@ -438,7 +438,7 @@ def test_a_round_by_one_pod_starts_no_more_pods_for_the_sake_of_shards() -> None
 
 def test_rounds_that_the_control_plane_cannot_hold_are_refused_with_the_number_that_it_can() -> None:
     recipe = recipe_of(num_rounds=400)
-    with pytest.raises(InputError, match=r"num_rounds: 400 rounds are 7,612 pods.*num_rounds = 97 at most") as raised:
+    with pytest.raises(InputError, match=r"num_rounds: 400 rounds are 7,615 pods.*num_rounds = 97 at most") as raised:
         check_pods(recipe, 800)
     assert len(raised.value.problems) == 1
     assert check_pods(recipe_of(num_rounds=97), 194) <= OBJECT_LIMIT

@@ -295,7 +295,7 @@ def fail(plan: layout.Plan, store: Store, reason: str) -> None:
 def test_the_exit_handler_tells_once_also_when_it_runs_again(tmp_path, webhook: Webhook) -> None:
     store = Store()
     plan = make_plan(str(tmp_path), store)
-    with outcomes.job_record("micro", str(tmp_path), "kfp-1", store=store) as record:
+    with outcomes.job_record("micro", str(tmp_path), "kfp-1", stage="prepare", store=store) as record:
         record["run"] = plan.run_uri
     fail(plan, store, "the disk is full")
     pages = [workflow.outcome("micro", str(tmp_path), job="kfp-1", succeeded=False, store=store) for _ in range(2)]
@@ -322,7 +322,7 @@ def test_a_run_that_stops_itself(tmp_path, webhook: Webhook) -> None:
 
 def test_a_pipeline_that_fails_in_prepare_is_told_once(tmp_path, webhook: Webhook) -> None:
     store = Store()
-    with pytest.raises(InputError), outcomes.job_record("micro", str(tmp_path), "kfp-2", store=store):
+    with pytest.raises(InputError), outcomes.job_record("micro", str(tmp_path), "kfp-2", stage="prepare", store=store):
         raise InputError([])
     for _ in range(2):
         workflow.outcome("micro", str(tmp_path), job="kfp-2", succeeded=False, store=store)
@@ -334,7 +334,7 @@ def test_a_dead_webhook_changes_nothing(tmp_path, webhook: Webhook) -> None:
     store = Store()
     plan = make_run(str(tmp_path), store, passed=False)
     webhook.answers.extend([500, 500])
-    with outcomes.job_record("micro", str(tmp_path), "kfp-3", store=store) as record:
+    with outcomes.job_record("micro", str(tmp_path), "kfp-3", stage="prepare", store=store) as record:
         record["run"] = plan.run_uri
     assert "The recovery finished" in workflow.outcome("micro", str(tmp_path), job="kfp-3", succeeded=True, store=store)
 

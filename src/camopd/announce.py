@@ -63,6 +63,8 @@ def message_of(ending: Ending, *, job: str = "") -> Message:
 
 def tell(ending: Ending, *, store: Store, job: str = "") -> None:
     """Send the message of a run's end, once. Whatever goes wrong is a line in the log."""
+    if ending.quiet:
+        return
     try:
         send_once(message_of(ending, job=job), ending.run_uri or ending.place, ending.moment, store)
     except Exception as error:  # the run is over: its own outcome is what counts

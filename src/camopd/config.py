@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from camopd.errors import InputError, Problem
 from camopd.presets import Preset, presets
-from camopd.recipe.document import KeyPath, absolute, read_document
+from camopd.recipe.document import KeyPath, absolute, read_document, to_toml
 from camopd.recipe.explain import did_you_mean, explained
 from camopd.recipe.parameters import AS_IN_RECIPE, apply_parameters, section_of
 from camopd.recipe.sections import (
@@ -33,7 +33,7 @@ from camopd.recipe.sections import (
     Tracking,
     Train,
 )
-from camopd.recipe.values import TEACHER, Int, Uri
+from camopd.recipe.values import TEACHER, Int, Model, Uri
 from camopd.store import Store
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "Train",
     "cautions",
     "load_recipe",
+    "recipe_text",
 ]
 
 
@@ -65,8 +66,8 @@ class Recipe(Section):
     notes: str = Field("", description="Free text kept with the run.")
     method: str = Field("camopd", description="Preset that fills in what the recipe leaves out; see camopd.presets.")
     mixing: Literal["alternating", "mixed"] = Field("alternating", description="One branch a step, or all in every step.")
-    student: Uri = Field(description="The domain model to recover; a frozen copy teaches where a branch names no teacher.")
-    base: Uri | None = Field(None, description="Model under every LoRA adapter; none: where adapter_config.json says.")
+    student: Model = Field(description="The domain model to recover; a frozen copy teaches where a branch names no teacher.")
+    base: Model | None = Field(None, description="Model under every LoRA adapter; none: where adapter_config.json says.")
     output: Uri = Field("./runs", description="Folder or s3:// prefix under which the run's own folder is made.")
     seed: Int = Field(0, ge=0, description="Seed of sampling and of prompt order.")
     num_rounds: Int = Field(30, description="Times rollout, score, select and train are repeated.")
@@ -86,6 +87,7 @@ class Recipe(Section):
     gate: Gate = Gate()
     promote: Promote = Promote()
     tracking: Tracking = Tracking()
+    sources: dict[str, str] = Field({}, description="Written by prepare: registry version behind a model's location.")
 
     @model_validator(mode="before")
     @classmethod
@@ -260,6 +262,9 @@ def load_recipe(source: str | Path, parameters: Mapping[str, Any] | None = None,
     values, origins, problems = apply_parameters(values, parameters or {}, Recipe, Branch)
     if (shared := os.environ.get(OUTPUT)) and ("output",) not in origins:
         values["output"], origins[("output",)] = shared, OUTPUT
+    if "sources" in values:
+        place = origins.get(("sources",)) or document.where(("sources",), "sources")
+        problems.append(Problem(place, "tells where models came from, and is written by prepare", "leave it out"))
     values.setdefault("output", Recipe.model_fields["output"].default)
     values = _with_absolute_locations(values, str(Path.cwd()))
     try:
@@ -274,6 +279,29 @@ def load_recipe(source: str | Path, parameters: Mapping[str, Any] | None = None,
     if problems:
         raise InputError(problems)
     return recipe
+
+
+def recipe_text(
+    source: str | Path, parameters: Mapping[str, Any] | None = None, *, home: str | None = None, store: Store | None = None
+) -> str:
+    """A recipe as TOML text that means the same anywhere: parameters in place, relative locations resolved.
+
+    Where nothing has to change it is the recipe's own text, comments and all.
+
+    Args:
+        source: as in ``load_recipe``, which is to have accepted it with these parameters.
+        parameters: as there.
+        home: what the recipe's relative locations are relative to, where it is another place than its own.
+        store: reads an s3:// source.
+
+    Raises:
+        InputError: the recipe cannot be read.
+    """
+    document = read_document(source, store or Store())
+    values = _with_absolute_locations(document.values, home or document.base)
+    values, _, _ = apply_parameters(values, parameters or {}, Recipe, Branch)
+    values = _with_absolute_locations(values, str(Path.cwd()))
+    return document.text if values == document.values else to_toml(values)
 
 
 def cautions(recipe: Recipe) -> tuple[str, ...]:

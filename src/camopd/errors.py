@@ -66,6 +66,10 @@ class EngineError(CamopdError):
     """What samples and scores does not start, or died, or was asked for what it cannot do."""
 
 
+class ScheduleError(CamopdError):
+    """A schedule has tried a model as often as it may."""
+
+
 class ClusterError(CamopdError):
     """Kubernetes refused, did not answer, or lacks what a job on several nodes needs."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from camopd import claims
 from camopd import plan as layout
 from camopd.attempts import TERMINATED, attempt, cut_offs, heeding_sigterm, remedy, silent_stages
 from camopd.config import load_recipe
@@ -146,17 +147,28 @@ def job_uri(recipe: str, output_uri: str, job: str) -> str:
 
     Both know the recipe and the output alone to find it by, since other values may be what is wrong. Raises InputError.
     """
-    return join(load_recipe(recipe, {"output_uri": output_uri}).output, "jobs", f"{job}.json")
+    return job_place(load_recipe(recipe, {"output_uri": output_uri}).output, job)
+
+
+def job_place(output: str, job: str) -> str:
+    return join(output, "jobs", f"{job}.json")
 
 
 @contextlib.contextmanager
-def job_record(recipe: str, output_uri: str, job: str, *, store: Store) -> Iterator[dict[str, str]]:
-    """Give a record to fill with ``run``; on an error of ours it gets the ``reason``. Written when there is a job to name."""
-    record: dict[str, str] = {}
+def job_record(recipe: str, output_uri: str, job: str, *, stage: str, store: Store) -> Iterator[dict[str, Any]]:
+    """Give the record of a pipeline run, as far as it has come; on an error of ours it gets the ``reason`` and the stage.
+
+    Keys: ``run``, the recovery's prefix; ``claim``, its claim's (camopd.claims); ``models``, what names in a registry stand
+    for; ``skipped``, why a tick ends here; ``beside``, another run that is at work on the model. Written when there is a job.
+    """
+    record: dict[str, Any] = {}
+    if job:
+        with contextlib.suppress(CamopdError):  # what is wrong with the recipe or the store is said where it is used
+            record = _read(job_uri(recipe, output_uri, job), store)
     try:
         yield record
     except CamopdError as error:
-        record["reason"] = str(error)
+        record |= {"reason": str(error), "stage": stage}
         raise
     finally:
         if job and record:
@@ -176,6 +188,7 @@ class Ending:
         place: prefix that takes the record that it was told; the run's own, else what there is instead.
         moment: when it failed, in seconds since 1970, as far as the run's records tell: a later failure is another one.
         result: of a run whose every stage is done.
+        quiet: whether it is not worth a message, as the end of a tick that found nothing new.
     """
 
     title: str
@@ -185,6 +198,7 @@ class Ending:
     place: str = ""
     moment: float = 0.0
     result: Result | None = None
+    quiet: bool = False
 
     def page(self) -> str:
         """Markdown."""
@@ -208,11 +222,30 @@ def ending_of_job(recipe: str, output_uri: str, job: str, *, succeeded: bool, st
         record = _read(job_uri(recipe, output_uri, job), store)
     except CamopdError as error:
         record = {"reason": str(error)}
+    if "skipped" in record:
+        return Ending("was not started", {"Schedule": record["skipped"]}, succeeded=True, place=place, quiet=True)
     if "run" in record:
-        return ending_of(record["run"], succeeded=succeeded, store=store)
+        beside = {"Beside it": f"run {record['beside']} was at work on this model, and goes on"} if "beside" in record else {}
+        return ending_of(record["run"], succeeded=succeeded, store=store, more=beside)
     reason = record.get("reason", "prepare left no word; read the log of its task")
     lines = {"Reason": reason, "Next": "Mend what is named and start it again; nothing was spent."}
-    return Ending("failed in prepare", lines, succeeded=False, place=place)
+    return Ending(f"failed in {record.get('stage', 'prepare')}", lines, succeeded=False, place=place)
+
+
+def claim_for_job(plan: Plan, job: str, record: dict[str, Any], store: Store) -> None:
+    """Claim the run's model for a pipeline run, also where another is at work on it, and keep in the job's record which."""
+    record["claim"] = claims.claims_uri(plan.recipe.output, plan.content_ids["student"])
+    other = claims.take(record["claim"], job, store, by_hand=True)
+    if other is not None:
+        record["beside"] = other.job
+
+
+def release_job(recipe: str, output_uri: str, job: str, *, store: Store) -> None:
+    """Give the model back that a pipeline run has claimed. What fails is left to the claim's end."""
+    with contextlib.suppress(CamopdError):
+        claim = _read(job_uri(recipe, output_uri, job), store).get("claim")
+        if claim is not None:
+            claims.release(claim, job, store)
 
 
 def describe(run_uri: str, *, succeeded: bool, store: Store) -> str:
@@ -220,10 +253,11 @@ def describe(run_uri: str, *, succeeded: bool, store: Store) -> str:
     return ending_of(run_uri, succeeded=succeeded, store=store).page()
 
 
-def ending_of(run_uri: str, *, succeeded: bool, store: Store) -> Ending:
-    """How a run ended, where it stands, and what to do next."""
+def ending_of(run_uri: str, *, succeeded: bool, store: Store, more: Mapping[str, str] | None = None) -> Ending:
+    """How a run ended, where it stands, and what to do next; ``more`` are lines of the caller's."""
     plan = Plan.load(store, run_uri)
-    lines = {"Run": f"`{run_uri}`", "Rounds finished": f"{_rounds_finished(plan, store)} of {plan.recipe.num_rounds}"}
+    lines = dict(more or {})
+    lines |= {"Run": f"`{run_uri}`", "Rounds finished": f"{_rounds_finished(plan, store)} of {plan.recipe.num_rounds}"}
     if silent := cut_offs(run_uri, store):
         counted = ", ".join(f"{count} of {name}" for name, count in silent.items())
         lines["Attempts that ended without a word"] = f"{counted} (killed, exit 137, often for lack of memory)"
@@ -258,5 +292,5 @@ def _rounds_finished(plan: Plan, store: Store) -> int:
     return sum(known(layout.checkpoint_uri(uri), store) is not None for uri in plan.rounds)
 
 
-def _read(uri: str, store: Store) -> dict[str, str]:
+def _read(uri: str, store: Store) -> dict[str, Any]:
     return json.loads(store.read(uri)) if store.stat(uri) is not None else {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from camopd.config import Branch, Recipe, cautions
 from camopd.errors import EngineError, InputError, Problem, StoreError
 from camopd.inputs.served import Probe, ServedModel, check_same, examine, records
 from camopd.plan import TEMPLATE, Plan, plan_uri, run_id, training_config
+from camopd.recipe.registered import is_registered
 from camopd.recipe.served import is_served
 from camopd.store import Store
 from camopd.store.uris import join
@@ -21,7 +23,7 @@ from camopd.store.uris import join
 _NUM_SHOWN = 20  # overlapping items that a message lists
 
 
-def run(recipe: Recipe, *, store: Store) -> Plan:
+def run(recipe: Recipe, *, store: Store, earlier: Sequence[Problem] = ()) -> Plan:
     """Check a recipe against its models, prompts and tasks, and make the run's plan unless it is made already.
 
     ``<run>/recipe.json`` and ``<run>/settings.md`` are written each time, ``<run>/plan/`` once.
@@ -29,16 +31,13 @@ def run(recipe: Recipe, *, store: Store) -> Plan:
     Args:
         recipe: what is wanted.
         store: where the inputs lie and the run is written.
+        earlier: what was found to be wrong with the recipe before; models that are still names in a registry are among it.
 
     Raises:
         InputError: every problem found; none of them needs a model to be loaded. Served teachers are asked.
         StoreError: the store fails while the run is written.
     """
-    served, faults = examine(recipe, store)
-    content_ids, problems = resolve(recipe, store, {location: model.content_id for location, model in served.items()})
-    problems += faults
-    problems += check_output(recipe.output, store)
-    problems += check_evaluation(recipe, content_ids, store)
+    served, content_ids, problems = _looked_at(recipe, store, earlier)
 
     def write(folder: Path) -> dict[str, Any]:
         return _write_plan(folder, recipe, content_ids, problems, store, served)
@@ -56,13 +55,47 @@ def run(recipe: Recipe, *, store: Store) -> Plan:
     return plan
 
 
+def check(recipe: Recipe, *, store: Store, writes: bool = True, earlier: Sequence[Problem] = ()) -> str:
+    """Every check of ``run``, from a machine that does not make the run. Returns the run's prefix.
+
+    Args:
+        recipe: what is wanted.
+        store: where the inputs lie.
+        writes: whether it is tried if the output can be written.
+        earlier: as in ``run``.
+
+    Raises:
+        InputError: every problem found.
+    """
+    served, content_ids, problems = _looked_at(recipe, store, earlier, writes=writes)
+    with tempfile.TemporaryDirectory(prefix="camopd-") as scratch:
+        _write_plan(Path(scratch), recipe, content_ids, problems, store, served)
+    run_uri = join(recipe.output, run_id(recipe, content_ids))
+    if store.manifest(plan_uri(run_uri)) is not None:
+        check_served(replace(Plan.load(store, run_uri), recipe=recipe), served)
+    return run_uri
+
+
+def _looked_at(
+    recipe: Recipe, store: Store, earlier: Sequence[Problem], *, writes: bool = True
+) -> tuple[dict[str, ServedModel], dict[str, str], list[Problem]]:
+    """Served teachers by location, content ids by input, and what is wrong so far."""
+    served, faults = examine(recipe, store)
+    content_ids, problems = resolve(recipe, store, {location: model.content_id for location, model in served.items()})
+    problems = [*earlier, *problems, *faults]
+    problems += check_output(recipe.output, store) if writes else []
+    problems += check_evaluation(recipe, content_ids, store)
+    return served, content_ids, problems
+
+
 def resolve(recipe: Recipe, store: Store, served: Mapping[str, str] | None = None) -> tuple[dict[str, str], list[Problem]]:
     """Content id of every input, and the inputs that are not there. A location used twice is read once.
 
     Args:
         recipe: the recipe.
         store: where the inputs lie.
-        served: content ids of the teachers that are served, by address; what is wrong with others has been said.
+        served: content ids of the teachers that are served, by address; what is wrong with others has been said, and so it
+            has with models that are still names in a registry.
     """
     wanted = {"student": ("student", recipe.student)}
     for branch in recipe.branches:
@@ -76,11 +109,13 @@ def resolve(recipe: Recipe, store: Store, served: Mapping[str, str] | None = Non
     bases: dict[str, str] = {}
     problems: dict[str, Problem] = {}
     for key, (where, uri) in wanted.items():
-        if uri in known or uri in problems or is_served(uri):
+        if uri in known or uri in problems or is_served(uri) or is_registered(uri):
             continue
         try:
             if not key.startswith(("prompts/", "chat_template")):
                 weights = weights_at(uri, store, recipe.base, where=where)
+                if is_registered(weights.base):
+                    continue
                 known[uri] = content_id(weights, store)
                 if weights.adapter is not None:
                     bases[uri] = store.content_id(weights.base)

@@ -12,9 +12,9 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from camopd import announce, rounds
+from camopd import announce, claims, rounds
 from camopd import outcome as outcomes
 from camopd import plan as layout
 from camopd.config import load_recipe
@@ -63,13 +63,45 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
 # --- Stages ---------------------------------------------------------------------------------------------------------------
 
 
-def prepare(recipe: str, parameters: Mapping[str, Any] | None = None, *, job: str = "", store: Store | None = None) -> Done:
+def resolve(
+    recipe: str, parameters: Mapping[str, Any], schedule: Mapping[str, Any], *, job: str, store: Store | None = None
+) -> Literal["go", "skip"]:
+    """What a pipeline run that a schedule has started is to do: see ``camopd.ticks``. One that somebody has started goes on.
+
+    Args:
+        recipe: name, path, URI or text of the recipe.
+        parameters: values from a run form that go before the recipe's.
+        schedule: ``schedule_name``, ``schedule_max_attempts`` and ``schedule_again_for_new_teachers`` of the run form.
+        job: id of the pipeline run.
+        store: where to read and write.
+
+    Raises:
+        InputError: the model cannot be found, or the recipe is wrong.
+        ScheduleError: the model was tried as often as it may be; the first tick that finds so says it.
+    """
+    from camopd import ticks
+
+    if schedule["schedule_name"] in ticks.NO_SCHEDULE:
+        return "go"
+    wanted = ticks.Schedule(**{name.removeprefix("schedule_"): value for name, value in schedule.items()})
+    return "go" if ticks.run(wanted, recipe, parameters, job, store or Store()).goes_on else "skip"
+
+
+def prepare(
+    recipe: str,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    job: str = "",
+    schedule: str = "",
+    store: Store | None = None,
+) -> Done:
     """Load the recipe, run every check, write the plan, remember where the alias points, and start tracking.
 
     Args:
         recipe: name, path, URI or text of the recipe.
         parameters: values from a run form or the command line that go before the recipe's.
-        job: id of the pipeline run; ``outcome`` finds this recovery by it.
+        job: id of the pipeline run; ``outcome`` finds this recovery by it, and the model is claimed for it.
+        schedule: name of the schedule that has started it.
         store: where to read and write.
 
     Raises:
@@ -77,17 +109,24 @@ def prepare(recipe: str, parameters: Mapping[str, Any] | None = None, *, job: st
     """
     from camopd import prepare as stage
     from camopd import tracking
+    from camopd.inputs.registered import resolve_models
 
     store, parameters = store or Store(), parameters or {}
-    if job:
-        os.environ.setdefault("KFP_RUN_ID", job)  # tracking tags the attempt with it
-    with outcomes.job_record(recipe, parameters.get("output_uri", AS_IN_RECIPE), job, store=store) as record:
+    started_by = {"KFP_RUN_ID": job, "CAMOPD_SCHEDULE": "" if schedule == "none" else schedule}
+    for variable, value in started_by.items():
+        if value:
+            os.environ.setdefault(variable, value)  # tracking tags the attempt with it
+    output_uri = parameters.get("output_uri", AS_IN_RECIPE)
+    with outcomes.job_record(recipe, output_uri, job, stage="prepare", store=store) as record:
         loaded = load_recipe(recipe, parameters)
         if job:
             check_pods(loaded, scored_branches(loaded))
-        plan = stage.run(loaded, store=store)
+        tracker = tracking.tracker_for(loaded.tracking)
+        resolved = resolve_models(loaded, tracker, store, record.get("models"))
+        plan = stage.run(resolved.recipe, store=store, earlier=resolved.problems)
         record["run"] = plan.run_uri
-    tracker = tracking.tracker_for(plan.recipe.tracking)
+        if job:
+            outcomes.claim_for_job(plan, job, record, store)
     tracking.alias_snapshot(plan.run_uri, store=store, tracker=tracker)
     tracking.sync(plan.run_uri, store=store, tracker=tracker)
     plan_uri = layout.plan_uri(plan.run_uri)
@@ -96,9 +135,17 @@ def prepare(recipe: str, parameters: Mapping[str, Any] | None = None, *, job: st
     return Done(plan.run_uri, headline(store.require(plan_uri).metrics), settings, rounds=turns)
 
 
-def begin(round_uri: str, *, store: Store | None = None) -> str:
-    """What a turn of the pipeline's loop is to do: see ``camopd.rounds.begin_turn``."""
-    return rounds.begin_turn(round_uri, store=store)
+def begin(round_uri: str, *, job: str = "", store: Store | None = None) -> str:
+    """What a turn of the pipeline's loop is to do: see ``camopd.rounds.begin_turn``. The run's claim is renewed."""
+    store = store or Store()
+    turn = rounds.begin_turn(round_uri, store=store)
+    _renew_claim(Plan.load(store, layout.run_and_round(round_uri)[0]), job, store)
+    return turn
+
+
+def _renew_claim(plan: Plan, job: str, store: Store) -> None:
+    if job:
+        claims.renew(claims.claims_uri(plan.recipe.output, plan.content_ids["student"]), job, store)
 
 
 def spread(round_uri: str, *, store: Store | None = None) -> list[str]:
@@ -205,11 +252,12 @@ def _train_in_pods(round_uri: str, job: str, store: Store) -> Manifest:
     return launch_and_follow(job, round_uri, store=store)
 
 
-def recover(round_uri: str, *, store: Store | None = None) -> Done:
+def recover(round_uri: str, *, job: str = "", store: Store | None = None) -> Done:
     """Every round up to this one in this process, from the first that is not finished: ``execution = "colocated"``.
 
     Args:
         round_uri: the run's last round.
+        job: id of the pipeline run, which says that it is at work as each round begins.
         store: where to read and write.
 
     Raises:
@@ -217,7 +265,7 @@ def recover(round_uri: str, *, store: Store | None = None) -> Done:
     """
     store = store or Store()
     run_uri, _ = layout.run_and_round(round_uri)
-    _colocated(Plan.load(store, run_uri), store)
+    _colocated(Plan.load(store, run_uri), store, job)
     uri = layout.checkpoint_uri(round_uri)
     return Done(uri, headline((known(uri, store) or store.require(uri)).metrics))
 
@@ -317,7 +365,7 @@ def _staged(plan: Plan, store: Store) -> None:
             one_round(round_uri, store=store)
 
 
-def _colocated(plan: Plan, store: Store) -> None:
+def _colocated(plan: Plan, store: Store, job: str = "") -> None:
     from camopd import tracking
     from camopd.recover import Session
 
@@ -329,6 +377,7 @@ def _colocated(plan: Plan, store: Store) -> None:
                 session = None  # another process may have finished it meanwhile: what is in memory is not its checkpoint
                 opened.close()
                 continue
+            _renew_claim(plan, job, store)
             with _recorded(round_uri, "train", layout.checkpoint_uri(round_uri), store):
                 session = session or opened.enter_context(contextlib.closing(Session(plan, number, store)))
                 session.round(number)
@@ -346,7 +395,7 @@ def _may_start(round_uri: str, plan: Plan, store: Store) -> bool:
 def outcome(recipe: str, output_uri: str, *, job: str, succeeded: bool, store: Store | None = None) -> str:
     """What became of a pipeline run, as Markdown, from the run's own records: KFP's message is empty on a cluster.
 
-    The webhook is told the same, once.
+    It is at work on its model no more, and gives it back. The webhook is told the same as the page, once.
 
     Args:
         recipe: as given to the run form.
@@ -356,6 +405,7 @@ def outcome(recipe: str, output_uri: str, *, job: str, succeeded: bool, store: S
         store: where to read.
     """
     store = store or Store()
+    outcomes.release_job(recipe, output_uri, job, store=store)
     ending = outcomes.ending_of_job(recipe, output_uri, job, succeeded=succeeded, store=store)
     announce.tell(ending, store=store, job=job)
     return ending.page()

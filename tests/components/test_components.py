@@ -28,8 +28,8 @@ def loaded_globals(code: CodeType) -> set[str]:
 
 def test_there_is_one_component_a_stage():
     assert set(NAMES) == {
-        "begin", "evaluate", "gather", "prepare", "promote", "recover", "report_outcome", "rollout", "score", "select",
-        "spread", "train",
+        "begin", "evaluate", "gather", "prepare", "promote", "recover", "report_outcome", "resolve", "rollout", "score",
+        "select", "spread", "train",
     }  # fmt: skip
 
 

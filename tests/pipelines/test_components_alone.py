@@ -38,7 +38,11 @@ def test_each_component_is_a_file_that_kfp_loads_without_our_package(tmp_path):
 
 @pytest.mark.slow
 def test_the_example_pipeline_hands_over_what_selection_kept(tmp_path):
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'examples' / 'own_pipeline'}", "HOME": str(tmp_path)}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": f"{ROOT}/src:{ROOT}:{ROOT / 'examples' / 'own_pipeline'}",
+        "HOME": str(tmp_path),
+    }
     command = [sys.executable, "-c", RUN, str(tmp_path / "kfp"), str(tmp_path / "runs")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

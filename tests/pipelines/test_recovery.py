@@ -97,7 +97,7 @@ def test_the_file_is_small_whatever_the_number_of_rounds(tmp_path, cpu):
     compile_pipeline(tmp_path / "recovery.yaml", EXAMPLE_POOLS)
     assert COMMITTED.stat().st_size < 100_000
     assert (tmp_path / "recovery.yaml").stat().st_size < 100_000
-    loop = cpu["components"]["comp-exit-handler-1"]["dag"]["tasks"]["for-loop-2"]
+    loop = cpu["components"]["comp-condition-2"]["dag"]["tasks"]["for-loop-3"]
     assert loop["parameterIterator"]["items"] == {"inputParameter": "pipelinechannel--prepare-Output"}
 
 
@@ -106,7 +106,7 @@ def test_the_file_is_small_whatever_the_number_of_rounds(tmp_path, cpu):
 
 def test_a_default_run_needs_no_typing(cpu):
     parameters = cpu["root"]["inputDefinitions"]["parameters"]
-    assert len(parameters) == 14
+    assert len(parameters) == 17
     for name, parameter in parameters.items():
         assert parameter["defaultValue"] not in (None, ""), name
         assert parameter["parameterType"] in ("STRING", "BOOLEAN", "NUMBER_INTEGER", "NUMBER_DOUBLE"), name
@@ -115,7 +115,7 @@ def test_a_default_run_needs_no_typing(cpu):
 def test_names_sort_and_explain_themselves(cpu):
     parameters = cpu["root"]["inputDefinitions"]["parameters"]
     assert list(parameters) == sorted(parameters)
-    assert {name.partition("_")[0] for name in parameters} == {"input", "method", "output"}
+    assert {name.partition("_")[0] for name in parameters} == {"input", "method", "output", "schedule"}
     assert all(parameter["description"] for parameter in parameters.values())
 
 
@@ -160,34 +160,35 @@ def test_containers_name_no_input_that_their_component_lacks(fixture, request):
 
 def test_the_graph_is_the_one_of_the_architecture(cpu):
     parts = cpu["components"]
-    whole = parts["comp-exit-handler-1"]["dag"]["tasks"]
-    assert set(whole) == {"prepare", "for-loop-2", "evaluate", "condition-9"}
-    assert list(parts["comp-condition-8"]["dag"]["tasks"]) == ["recover"]
-    assert whole["evaluate"]["dependentTasks"] == ["for-loop-2", "prepare"], "no skipped task stops it"
-    assert whole["for-loop-2"]["iteratorPolicy"] == {"parallelismLimit": 1}
-    turn = parts["comp-for-loop-2"]["dag"]["tasks"]
+    assert set(parts["comp-exit-handler-1"]["dag"]["tasks"]) == {"resolve", "condition-2"}, "a tick that is skipped ends there"
+    whole = parts["comp-condition-2"]["dag"]["tasks"]
+    assert set(whole) == {"prepare", "for-loop-3", "evaluate", "condition-10"}
+    assert list(parts["comp-condition-9"]["dag"]["tasks"]) == ["recover"]
+    assert whole["evaluate"]["dependentTasks"] == ["for-loop-3", "prepare"], "no skipped task stops it"
+    assert whole["for-loop-3"]["iteratorPolicy"] == {"parallelismLimit": 1}
+    turn = parts["comp-for-loop-3"]["dag"]["tasks"]
     assert {name: task["taskInfo"]["name"] for name, task in turn.items() if name != "begin"} == {
-        "condition-3": "go",
-        "condition-5": "shards",
-        "condition-8": "colocated",
+        "condition-4": "go",
+        "condition-6": "shards",
+        "condition-9": "colocated",
     }
-    one_round = parts["comp-condition-3"]["dag"]["tasks"]
+    one_round = parts["comp-condition-4"]["dag"]["tasks"]
     assert {name: task.get("dependentTasks", []) for name, task in one_round.items()} == {
         "rollout": [],
-        "for-loop-4": ["rollout"],
-        "select": ["for-loop-4"],
+        "for-loop-5": ["rollout"],
+        "select": ["for-loop-5"],
         "train": ["select"],
     }
-    in_shards = parts["comp-condition-5"]["dag"]["tasks"]
+    in_shards = parts["comp-condition-6"]["dag"]["tasks"]
     assert {name: task.get("dependentTasks", []) for name, task in in_shards.items()} == {
         "spread": [],
-        "for-loop-6": ["spread"],
-        "gather": ["for-loop-6"],
-        "for-loop-7": ["gather"],
-        "select-2": ["for-loop-7"],
+        "for-loop-7": ["spread"],
+        "gather": ["for-loop-7"],
+        "for-loop-8": ["gather"],
+        "select-2": ["for-loop-8"],
         "train-2": ["select-2"],
     }
-    for loop in (one_round["for-loop-4"], in_shards["for-loop-6"], in_shards["for-loop-7"]):
+    for loop in (one_round["for-loop-5"], in_shards["for-loop-7"], in_shards["for-loop-8"]):
         assert "iteratorPolicy" not in loop, "branches and shards work side by side"
     assert cpu["root"]["dag"]["tasks"]["report-outcome"]["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
 
@@ -205,7 +206,7 @@ def test_loops_and_conditions_read_a_single_return_value(cpu):
 def test_inside_a_loop_only_the_item_is_read(cpu):
     """The local runner puts the loop's item in the place of an outer task's output."""
     loops = {name for name in cpu["components"] if name.startswith("comp-for-loop-")}
-    loops |= {"comp-condition-3", "comp-condition-5", "comp-condition-8"}
+    loops |= {"comp-condition-4", "comp-condition-6", "comp-condition-9"}
     assert len(loops) == 7
     for graph, name, task in tasks(cpu):
         if graph in loops and "dag" not in cpu["components"][task["componentRef"]["name"]]:
@@ -246,13 +247,21 @@ def test_what_runs_for_a_done_or_stopped_round_asks_for_no_accelerator(pooled):
     containers = executors(spec)
     wanting = {name for name, container in containers.items() if "accelerator" in container.get("resources", {})}
     assert set(map(stage, wanting)) == NEEDS_GPU
-    assert reachable(spec, "comp-condition-3") == {"rollout", "score", "select", "train"}
-    assert set(map(stage, reachable(spec, "comp-condition-5"))) == {"spread", "gather", "rollout", "score", "select", "train"}
-    assert reachable(spec, "comp-condition-8") == {"recover"}
-    behind_begin = set().union(*(reachable(spec, f"comp-condition-{number}") for number in (3, 5, 8)))
-    in_the_loop = reachable(spec, "comp-for-loop-2")
+    assert reachable(spec, "comp-condition-4") == {"rollout", "score", "select", "train"}
+    assert set(map(stage, reachable(spec, "comp-condition-6"))) == {"spread", "gather", "rollout", "score", "select", "train"}
+    assert reachable(spec, "comp-condition-9") == {"recover"}
+    behind_begin = set().union(*(reachable(spec, f"comp-condition-{number}") for number in (4, 6, 9)))
+    in_the_loop = reachable(spec, "comp-for-loop-3")
     assert not (in_the_loop - behind_begin) & wanting
     assert wanting - behind_begin == {"evaluate"}, "evaluate waits for the loop; the rest stands behind begin"
+
+
+def test_a_tick_that_finds_nothing_new_asks_for_no_accelerator(pooled):
+    spec = pooled[0]
+    inside = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    assert "accelerator" not in executors(spec)["resolve"].get("resources", {})
+    assert inside["condition-2"]["dependentTasks"] == ["resolve"]
+    assert set(map(stage, reachable(spec, "comp-condition-2"))) >= NEEDS_GPU
 
 
 def test_accelerators_are_constants_and_counts_are_text(pooled):

@@ -32,10 +32,10 @@ branches = [
 
 
 def form(**typed: Any) -> dict[str, Any]:
-    """All fields of the compiled pipeline: its defaults, and what was typed."""
+    """The fields of the compiled pipeline that are about the recipe: their defaults, and what was typed."""
     parameters = yaml.safe_load(COMMITTED.read_text(encoding="utf-8"))["root"]["inputDefinitions"]["parameters"]
     values = {name: parameter["defaultValue"] for name, parameter in parameters.items()} | typed
-    return {name: value for name, value in values.items() if name != "input_recipe"}
+    return {name: value for name, value in values.items() if name != "input_recipe" and not name.startswith("schedule_")}
 
 
 def loaded(case: str) -> Recipe:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from kfp import dsl
+from mlflow import MlflowClient
 
 from camopd import plan as layout
 from camopd import workflow
@@ -181,3 +182,21 @@ def test_components_of_several_threads_keep_their_exit_codes(monkeypatch):
     command = ["sh", "-ec", "kfp.dsl.executor_main", source, "--executor_input", "{}", "--function_to_execute", "f"]
     with ThreadPoolExecutor(4) as threads:
         assert set(threads.map(lambda _: run_component(command), range(24))) == {7}
+
+
+def test_a_schedule_recovers_a_model_once_and_then_ends_at_its_first_task(run: Run, mlflow_sqlite: str, tmp_path: Path):
+    folder, said = run(schedule_name="nightly", method_num_rounds="1")
+    assert "## The recovery finished" in said
+    done = manifests(folder)
+    _, said = run(schedule_name="nightly", method_num_rounds="1")
+    assert said.startswith("## The recovery was not started")
+    assert f"skipped: nothing new since {Path('examples/micro/domain').absolute()} (content id sha256:" in said
+    assert f"in {folder}, registered as camopd-recovered version 1, alias champion (promoted))" in said
+    assert {path.parent.name for path in (tmp_path / "kfp-1").glob("*/*/*")} == {"report-outcome", "resolve"}
+    assert manifests(folder) == done
+    client = MlflowClient(mlflow_sqlite)
+    (experiment,) = (each.experiment_id for each in client.search_experiments() if each.name == "camopd")
+    runs = {each.info.run_name: each for each in client.search_runs([experiment], "tags.`camopd.schedule` = 'nightly'")}
+    assert set(runs) == {"schedule nightly", folder.name}
+    assert runs["schedule nightly"].data.metrics == {"ticks/new": 1, "ticks/skipped": 1}
+    assert runs["schedule nightly"].data.tags["camopd.status"].startswith("skipped: nothing new since")

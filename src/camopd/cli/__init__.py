@@ -11,7 +11,7 @@ import typer
 
 from camopd import __version__
 from camopd.attempts import heeding_sigterm
-from camopd.cli import checking, planning, registry, retention, stages
+from camopd.cli import checking, cluster, planning, registry, retention, stages
 from camopd.errors import CamopdError
 
 app = typer.Typer(
@@ -23,8 +23,9 @@ app = typer.Typer(
 )
 
 STAGES = (stages.prepare, stages.rollout, stages.score, stages.select, stages.train, stages.evaluate, stages.promote)
+CLUSTER = (cluster.submit, cluster.watch, cluster.sync, checking.check)
 REGISTRY = (registry.approve, registry.reject, registry.rollback, registry.history)
-VERBS = (*STAGES, stages.run, stages.recover, planning.plan, *REGISTRY, retention.gc, checking.check)
+VERBS = (*STAGES, stages.run, stages.recover, planning.plan, *CLUSTER, *REGISTRY, retention.gc)
 for verb in VERBS:
     app.command()(verb)
 

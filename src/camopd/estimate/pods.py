@@ -37,6 +37,7 @@ def pods(recipe: Recipe, active: int) -> int:
     rounds, shards, colocated = recipe.num_rounds, recipe.shards, recipe.execution == "colocated"
     turns = {
         "": 1.0,
+        "new": 1,
         "rounds": 1 if colocated else rounds,
         "colocated": colocated,
         "go": shards == 1 and not colocated,
@@ -69,13 +70,18 @@ def check_pods(recipe: Recipe, active: int) -> float:
     return size
 
 
+def _once() -> int:
+    """Pods outside of the rounds."""
+    return sum(count for path, count in graph().items() if "rounds" not in path.split("/"))
+
+
 def _most_pods() -> float:
     return OBJECT_LIMIT / OBJECT_BYTES_A_POD
 
 
 def _rounds_that_fit(recipe: Recipe, active: int) -> int:
     """With as many branches a round as now."""
-    once = graph()[""] + graph()["passed"]
+    once = _once()
     return int(recipe.num_rounds * (_most_pods() - once) / (pods(recipe, active) - once))
 
 
@@ -106,6 +112,6 @@ def by_shards(recipe: Recipe, active: int) -> list[ControlPlane]:
     for shards in sorted({*SHARDS_SHOWN, recipe.shards}):
         spread = recipe.model_copy(update={"shards": shards})
         count = pods(spread, active)
-        a_round = (count - graph()[""] - graph()["passed"]) / recipe.num_rounds
+        a_round = (count - _once()) / recipe.num_rounds
         found.append(ControlPlane(shards, a_round, count, count * OBJECT_BYTES_A_POD, _rounds_that_fit(spread, active)))
     return found

@@ -15,6 +15,7 @@ from camopd.estimate.assumptions import Lengths, typical_lengths
 from camopd.estimate.shapes import ModelShape, read_shape
 from camopd.past import known
 from camopd.plan import Plan
+from camopd.recipe.registered import is_registered
 from camopd.schedule import Schedule
 from camopd.store import Store, is_s3, join
 
@@ -54,12 +55,16 @@ def model_shapes(recipe: Recipe, given: Mapping[str, str]) -> tuple[dict[str, Mo
     for name, location in locations.items():
         path = files[location]
         found[name] = shapes[location if path else stand_in]
-        origins[name] = _origin(path) if path else f"not on this machine: taken as {_name(stand_in)}"
+        origins[name] = _origin(path) if path else f"{_elsewhere(location)}: taken as {_name(stand_in)}"
     return found, origins
 
 
 def _name(location: str) -> str:
     return location.rstrip("/").rpartition("/")[2]
+
+
+def _elsewhere(location: str) -> str:
+    return "in the registry, which is not asked here" if is_registered(location) else "not on this machine"
 
 
 def _origin(path: Path) -> str:

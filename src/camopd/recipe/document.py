@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from camopd.store.uris import check_uri, is_s3, parent
 
 KeyPath = tuple[str | int, ...]  # ("branches", 0, "mass")
 
-_CHECKOUT_RECIPES = Path(__file__).resolve().parents[3] / "recipes"  # where an editable install keeps them
+SHIPPED = Path(__file__).resolve().parents[3] / "recipes"  # those of the images, where an editable install keeps them
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,42 @@ def key_lines(text: str) -> dict[KeyPath, int]:
     return found
 
 
+def to_toml(values: Mapping[str, Any]) -> str:
+    """A recipe's tables as TOML text; comments of the text that they were parsed from are lost."""
+    return "\n".join(_toml_lines(values, ())).lstrip("\n") + "\n"
+
+
+def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+    yield from (f"{_toml_key(key)} = {_toml_value(value)}" for key, value in table.items() if not _is_tables(value))
+    for key, value in table.items():
+        header = ".".join(map(_toml_key, (*path, key)))
+        if isinstance(value, dict):
+            yield from ("", f"[{header}]", *_toml_lines(value, (*path, key)))
+        elif _is_tables(value):
+            for entry in value:
+                yield from ("", f"[[{header}]]", *_toml_lines(entry, (*path, key)))
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and bool(value) and all(isinstance(e, dict) for e in value))
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, str):  # JSON's escapes are TOML's, but for the one control character that JSON leaves alone
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_key(key)} = {_toml_value(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return str(value)  # numbers, dates and times
+
+
 def _paths(value: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
     if path:
         yield path
@@ -111,7 +148,7 @@ def _paths(value: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
 
 
 def _recipe_folders() -> tuple[Path, Path]:
-    return Path("recipes"), _CHECKOUT_RECIPES
+    return Path("recipes"), SHIPPED
 
 
 def _named(name: str) -> Path | None:

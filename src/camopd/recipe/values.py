@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from camopd.recipe.registered import check_registered, is_registered
 from camopd.recipe.served import check_served, is_served
 from camopd.store.uris import check_uri
 
@@ -55,8 +56,12 @@ def _uri(value: Any) -> Any:
     return check_uri(value) if isinstance(value, str) else value
 
 
+def _model(value: Any) -> Any:
+    return check_registered(value) if isinstance(value, str) and is_registered(value) else _uri(value)
+
+
 def _teacher(value: Any) -> Any:
-    return check_served(value) if isinstance(value, str) and is_served(value) else _uri(value)
+    return check_served(value) if isinstance(value, str) and is_served(value) else _model(value)
 
 
 def _prompt_source(value: Any) -> Any:
@@ -114,6 +119,7 @@ def _tracking_uri(text: str) -> str:
 Int = Annotated[int, BeforeValidator(_integer)]
 Float = Annotated[float, BeforeValidator(_number)]
 Uri = Annotated[str, BeforeValidator(_uri)]
+Model = Annotated[str, BeforeValidator(_model)]
 Teacher = Annotated[str, BeforeValidator(_teacher)]
 PromptSource = Annotated[str, BeforeValidator(_prompt_source)]
 Names = Annotated[tuple[Annotated[str, Field(pattern=r"\S")], ...], BeforeValidator(_list)]

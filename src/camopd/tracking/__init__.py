@@ -12,14 +12,15 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from camopd.config import Tracking
 from camopd.errors import TrackingError
 from camopd.plan import Plan
-from camopd.store import Store, join
+from camopd.store import Store, digest, join
 from camopd.tracking import logbook
-from camopd.tracking.logbook import Entry, Identity
+from camopd.tracking.logbook import Entry, Facts, Identity, Point
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +36,21 @@ class OutageError(TrackingError):
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a registered model: its number, its tags, and when it was made, in seconds since 1970."""
+    """A version of a registered model.
+
+    Attributes:
+        number: counted by the registry.
+        tags: text by name.
+        created: when it was made, in seconds since 1970.
+        source: where its files are, in the registry's own words.
+        ready: whether they may be read.
+    """
 
     number: int
     tags: Mapping[str, str]
     created: float = 0.0
+    source: str = ""
+    ready: bool = True
 
 
 class RunLog(Protocol):
@@ -56,13 +67,18 @@ class RunLog(Protocol):
 
 
 class Registry(Protocol):
-    """The versions and aliases of one registered model. Methods raise TrackingError."""
+    """The versions and aliases of one registered model. Methods raise TrackingError. ``uri`` is fit to be shown."""
+
+    uri: str
 
     def versions(self) -> list[Version]:
         """All versions, the oldest first; none when the model does not exist."""
 
     def aliased(self, alias: str) -> int | None:
         """The version that an alias points to."""
+
+    def download_uri(self, version: int) -> str:
+        """Where the server keeps a version's files, for sources that it alone can follow (``runs:/``, ``models:/m-``)."""
 
     def add(self, checkpoint_uri: str, tags: Mapping[str, str], identity: Identity) -> Version:
         """A new version that points to a checkpoint; makes the model where there is none."""
@@ -91,8 +107,11 @@ class Tracker(Protocol):
 
     uri: str
 
-    def open(self, identity: Identity) -> RunLog | None:
-        """Find or start the recovery's run. None where nothing is tracked. Raises TrackingError."""
+    def open(self, identity: Identity, *, injected: bool = True) -> RunLog | None:
+        """Find or start the recovery's run. None where nothing is tracked. Raises TrackingError.
+
+        With ``injected`` a run that the environment names goes before one of our own.
+        """
 
     def registry(self, model_name: str) -> Registry | None:
         """The registered model of that name. None where nothing is tracked."""
@@ -103,7 +122,7 @@ class NullTracker:
 
     uri = ""
 
-    def open(self, identity: Identity) -> None:
+    def open(self, identity: Identity, *, injected: bool = True) -> None:
         return None
 
     def registry(self, model_name: str) -> None:
@@ -157,6 +176,31 @@ def sync(run_uri: str, *, store: Store, tracker: Tracker, seconds: float = SYNC_
         log.warning("MLflow lacks a part of this run, which the next sync sends: %s", error)
         return SyncResult(tuple(sent), str(error))
     return SyncResult(tuple(sent))
+
+
+def log_tick(name: str, place: str, outcome: str, tags: Mapping[str, str], *, tracker: Tracker) -> None:
+    """One point more in the run that a schedule has in the tracking server, one for all its ticks. An outage is a warning.
+
+    Args:
+        name: of the schedule.
+        place: prefix of its records; tells schedules of the same name apart.
+        outcome: one of camopd.ticks.OUTCOMES; a series each.
+        tags: how it stands after this tick.
+        tracker: where to send.
+    """
+    now = time.time()
+    run_id, run_uri = f"schedule {name}", logbook.absolute(place)
+    identity = Identity(run_id, run_uri, {"camopd.run_id": run_id, "camopd.run_uri": run_uri, "camopd.schedule": name})
+    tags = {"camopd.last_tick": datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds"), **tags}
+    tags = {name: text[: logbook.MAX_TAG_LENGTH] for name, text in tags.items()}
+    facts = Facts(tags=tags, points=(Point(f"ticks/{outcome}", 1.0, int(now // 60), round(1000 * now)),))
+    try:
+        run = tracker.open(identity, injected=False)
+        if run is not None:
+            run.send(Entry("tick", digest([now, outcome, tags]), lambda: facts))
+            run.close("FAILED" if outcome in ("gave-up", "failed") else "FINISHED")
+    except TrackingError as error:
+        log.warning("MLflow lacks a tick of the schedule %s: %s", name, error)
 
 
 # --- Where the alias pointed when the run started -------------------------------------------------------------------------

@@ -35,7 +35,12 @@ MAX_NAME_LENGTH = 250
 SHORT_PARAM_LENGTH = 200  # what is shown of a parameter that is too long
 
 # Who started this attempt, where the environment says so.
-ATTEMPT_TAGS = {"kfp.run_id": "KFP_RUN_ID", "kfp.run_url": "KFP_RUN_URL", "camopd.image_digest": "CAMOPD_IMAGE_DIGEST"}
+ATTEMPT_TAGS = {
+    "kfp.run_id": "KFP_RUN_ID",
+    "kfp.run_url": "KFP_RUN_URL",
+    "camopd.image_digest": "CAMOPD_IMAGE_DIGEST",
+    "camopd.schedule": "CAMOPD_SCHEDULE",
+}
 
 
 @dataclass(frozen=True)
@@ -244,8 +249,11 @@ def status(plan: Plan, store: Store) -> Literal["RUNNING", "FAILED", "FINISHED"]
 
 def entries(plan: Plan, store: Store) -> Iterator[Entry]:
     """All that the store has to tell about the run, in the order in which it came to be."""
-    recipe = plan.recipe.model_dump(mode="json", exclude={"tracking"})
+    recipe = plan.recipe.model_dump(mode="json", exclude={"tracking", "sources"})
     yield Entry("settings", digest(recipe), partial(_settings, recipe))
+    if sources := plan.recipe.sources:
+        tags = {f"camopd.source.{name}": source for name, source in sources.items()}
+        yield Entry("sources", digest(sources), lambda: Facts(tags=tags))
     planned = store.require(layout.plan_uri(plan.run_uri))
     yield Entry("plan", planned.content_id, partial(_plan, plan, planned, store))
     for round_number, uri in enumerate(plan.rounds, 1):

@@ -124,9 +124,9 @@ class MlflowTracker:
         return MlflowClient(self._tracking_uri)
 
     @_asks
-    def open(self, identity: Identity) -> MlflowRun:
+    def open(self, identity: Identity, *, injected: bool = True) -> MlflowRun:
         """The recovery's run: the injected one (MLFLOW_RUN_ID), else the one with our tags, else a new one."""
-        run, owned = self._injected(), False
+        run, owned = self._injected() if injected else None, False
         if run is None:
             run, owned = self._find(identity) or self._start(identity), True
         return MlflowRun(self._client, run, identity, uri=self.uri, owned=owned)
@@ -298,7 +298,16 @@ class MlflowRegistry:
         found, token = [], None
         while True:
             page = self._client.search_model_versions(f'name = "{self._name}"', page_token=token)
-            found += [Version(int(one.version), dict(one.tags), one.creation_timestamp / 1000) for one in page]
+            found += [
+                Version(
+                    int(one.version),
+                    dict(one.tags),
+                    created=one.creation_timestamp / 1000,
+                    source=one.source or "",
+                    ready=one.status == "READY",
+                )
+                for one in page
+            ]
             token = page.token
             if not token:
                 return sorted(found, key=lambda version: version.number)
@@ -314,6 +323,14 @@ class MlflowRegistry:
                 raise
             return None
         return None if version is None else int(version)
+
+    @_asks
+    def download_uri(self, version: int) -> str:
+        uri = self._client.get_model_version_download_uri(self._name, str(version))
+        if not uri.startswith("runs:/"):
+            return uri
+        run_id, _, path = uri.removeprefix("runs:/").partition("/")  # a version by MlflowClient keeps it as it was given
+        return f"{self._client.get_run(run_id).info.artifact_uri.rstrip('/')}/{path}"
 
     @_asks
     def add(self, checkpoint_uri: str, tags: Mapping[str, str], identity: Identity) -> Version:

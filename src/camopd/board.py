@@ -1,4 +1,6 @@
-"""What a running pipeline is doing, from the lines that the stages write (camopd.progress), and how people see it."""
+"""What a running pipeline is doing, and how people see it: from the lines that the stages write (camopd.progress) where one can
+read them, from the steps that a server tells of (camopd.kubeflow.steps) where not.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ class Board:
     """Where a run stands, as far as its progress lines tell.
 
     Attributes:
-        num_rounds: rounds of the run.
+        num_rounds: rounds of the run; 0 where nobody has said.
         lines: the latest line of the stage at work; by branch and shard where they sample and score side by side.
         began: when each round was first heard of; ``num_rounds + 1`` stands for what follows the last.
     """
@@ -73,6 +75,8 @@ class Board:
             (line,) = self.lines.values()  # branches are told apart only while they score
             spent = line["time"] - self.began[current]
             return spent / line["done"] * (line["total"] - line["done"]) - (now - line["time"]) if line["done"] else None
+        if not self.num_rounds:
+            return None
         times = [self.began[number + 1] - began for number, began in self.began.items() if number + 1 in self.began]
         if not times:
             return None
@@ -80,18 +84,21 @@ class Board:
         return max(each - (now - self.began[current]), 0) + each * (self.num_rounds - current)
 
     def sentence(self) -> str:
-        """``round 3/10  score  general 12/64 samples, domain 8/64 samples  1,250 tokens/s``."""
+        """``round 3/10  score  general 12/64 samples, domain 8/64 samples  1,250 tokens/s``; a total of 0 is not shown."""
         if not self.lines:
             return "starting"
         lines = list(self.lines.values())
-        place = f"round {lines[0]['round']}/{self.num_rounds}  " if lines[0]["round"] else ""
-        work = ", ".join(f"{line['branch']} {line['done']}/{line['total']} {line['unit']}".strip() for line in lines)
+        of = f"/{self.num_rounds}" if self.num_rounds else ""
+        place = f"round {lines[0]['round']}{of}" if lines[0]["round"] else ""
+        counted = [line for line in lines if line["total"]]
+        work = ", ".join(f"{line['branch']} {line['done']}/{line['total']} {line['unit']}".strip() for line in counted)
         speed = sum(line["tokens_per_second"] for line in lines)
-        return f"{place}{lines[0]['stage']}  {work}" + (f"  {speed:,.0f} tokens/s" if speed else "")
+        parts = [place, lines[0]["stage"], work, f"{speed:,.0f} tokens/s" if speed else "", lines[0].get("note", "")]
+        return "  ".join(part for part in parts if part)
 
     def picture(self, seconds: float, now: float) -> Table:
         """The live display: a bar over the rounds, what is at work, time spent and time left."""
-        bar = ProgressBar(total=self.num_rounds, completed=self.rounds_done(), width=60)
+        bar = ProgressBar(total=self.num_rounds or None, completed=self.rounds_done(), width=60)
         picture = Table.grid()
         for row in (bar, Text(self.sentence()), Text(self.times(seconds, now), style="dim")):
             picture.add_row(row)

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from camopd.board import Board, Tail, clock
 from camopd.progress import Progress
-from pipelines.board import Board, Tail, clock
 
 
 def line(stage: str, number: int, done: int, at: float, *, branch="", total=10, speed=0.0) -> dict[str, Any]:
