@@ -116,7 +116,7 @@ def test_server_events(mlflow_proxy: Proxy, tmp_path: Path, caplog: pytest.LogCa
 
     mlflow_proxy.mode = "up"
     assert promote.run(plan.run_uri, store=store, tracker=tracker).status == "promoted"
-    assert len(sync(plan.run_uri, store=store, tracker=tracker).sent) == 3
+    assert len(sync(plan.run_uri, store=store, tracker=tracker).sent) == 4  # round, evaluation, ledger, release
 
 
 @pytest.mark.slow

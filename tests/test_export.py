@@ -80,7 +80,9 @@ def test_an_adapter_goes_alone() -> None:
 def test_card_and_facts(tmp_path: Path, store: Store, mlflow_sqlite: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAMOPD_IMAGE_DIGEST", "sha256:abc")
     monkeypatch.setenv("CAMOPD_GIT_SHA", "0123456789")
-    plan, _ = finish(str(tmp_path / "runs"), store, mlflow_sqlite, DOMAIN)
+    version = {"student": "models:/icd-coder/7"}
+    plan, name = finish(str(tmp_path / "runs"), store, mlflow_sqlite, DOMAIN, sources=version)
+    assert client(mlflow_sqlite).get_model_version(name, "1").tags["camopd.source.student"] == "models:/icd-coder/7"
     folder = Path(export_uri(release_uri(plan, store)))
     assert not (folder / TRAINER).exists()
     facts = json.loads((folder / "camopd.json").read_text())
@@ -91,9 +93,11 @@ def test_card_and_facts(tmp_path: Path, store: Store, mlflow_sqlite: str, monkey
     assert facts["settings"]["train"]["learning_rate"] == plan.recipe.train.learning_rate
     assert facts["evaluation"]["recovered"]["general"] == {"value": 0.61, "low": 0.55, "high": 0.70}
     assert facts["evaluation"]["decision"]["passed"] is True
+    assert (facts["lineage"]["student"], facts["lineage"]["versions"]) == (str(DOMAIN), version)
     _, front, page = (folder / "README.md").read_text().split("---\n", 2)
     head = yaml.safe_load(front)
     assert (head["base_model"], head["library_name"], head["pipeline_tag"]) == (str(DOMAIN), "transformers", "text-generation")
+    assert f"The domain model `{DOMAIN}` (`models:/icd-coder/7`)" in page
     assert "| recovered share | 0.610 (0.550 to 0.700) |" in page
     assert (folder / "report.html").read_text() == "<html>report</html>"
 

@@ -88,7 +88,11 @@ def facts(plan: Plan, store: Store, trained: Manifest) -> dict[str, Any]:
         "content_ids": {**plan.content_ids, "checkpoint": trained.content_id},
         "settings": recipe.model_dump(mode="json", exclude={"tracking"}),
         "settings_id": digest(training_config(recipe, plan.content_ids)),
-        "lineage": {"student": recipe.student, "teachers": {b.name: recipe.teacher(b) for b in recipe.branches}},
+        "lineage": {
+            "student": recipe.student,
+            "teachers": {branch.name: recipe.teacher(branch) for branch in recipe.branches},
+            "versions": recipe.sources,
+        },
         "software": software(plan, store),
         "evaluation": {
             "uri": logbook.absolute(evaluated),
@@ -131,6 +135,7 @@ def card(known: Mapping[str, Any]) -> str:
     front = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items())  # JSON is YAML
     header, *rows = (f"| {' | '.join(row)} |" for row in headline_table(evaluation))
     table = "\n".join([header, "|" + "---|" * (len(evaluation["branches"]) + 1), *rows])
+    source = known["lineage"]["versions"].get("student")
     reasons = "\n".join(f"- {reason}" for reason in evaluation["decision"]["reasons"])
     return f"""---
 {front}
@@ -138,7 +143,7 @@ def card(known: Mapping[str, Any]) -> str:
 
 # {known["run"]["id"]}
 
-The domain model `{student}` with its lost general ability recovered by camopd {version}
+The domain model `{student}`{f" (`{source}`)" if source else ""} with its lost general ability recovered by camopd {version}
 (CaMOPD, arXiv:2605.27115): trained on its own answers, the original model as teacher on general prompts and itself on domain
 prompts.
 

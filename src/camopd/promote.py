@@ -127,6 +127,7 @@ def _tags(plan: Plan, store: Store, release: Release, evaluation: Mapping[str, A
     code |= {name: name for name in logbook.ATTEMPT_TAGS}
     tags |= {name: identity.tags[told] for told, name in code.items() if told in identity.tags}
     tags |= {f"camopd.content_id.{name}": content_id for name, content_id in plan.content_ids.items()}
+    tags |= {f"camopd.source.{name}": source for name, source in plan.recipe.sources.items()}
     if plan.recipe.train.lora and plan.recipe.train.lora.output == "adapter":
         base = logbook.absolute(plan.weights(plan.recipe.student, store).base)
         tags |= {"camopd.kind": "lora-adapter", "camopd.base_uri": base, "camopd.base_content_id": plan.base_id["base"]}

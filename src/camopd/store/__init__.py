@@ -323,20 +323,8 @@ class Store:
             parts = writers.gather(said | {"machine": platform.node(), "held": accelerators(stage)})
             manifest, published = None, False
             if writers.rank == 0:
-                files = tuple(sorted((FileInfo(*file) for part in parts for file in part["files"]), key=lambda file: file.name))
-                manifest = Manifest(
-                    stage=stage,
-                    content_id=content_id_of(files),
-                    files=files,
-                    config=config,
-                    inputs=inputs,
-                    metrics=metrics,
-                    seconds=round(time.monotonic() - begun, 3),
-                    seconds_waited=round(self.waited() - waited, 3),
-                    created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                    software=_software(),
-                    resources=together((part["machine"], part["held"]) for part in parts),
-                )
+                spent = round(time.monotonic() - begun, 3), round(self.waited() - waited, 3)
+                manifest = _joined(Manifest(stage, "", (), config, inputs, metrics, *spent), parts)
                 (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
                 others = [Path(part["folder"]) for part in parts[1:]]
                 published = sent and self._backend(uri).publish(folder, uri, others)
@@ -365,6 +353,19 @@ class Store:
 def _made_by(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
     flat = {f"config.{key}": value for key, value in config.items()} | {f"inputs.{key}": value for key, value in inputs.items()}
     return {"stage": stage, **flat}
+
+
+def _joined(blank: Manifest, parts: Sequence[Mapping[str, Any]]) -> Manifest:
+    """The manifest of a prefix, with the files and the machines of everybody who wrote it."""
+    files = tuple(sorted((FileInfo(*file) for part in parts for file in part["files"]), key=lambda file: file.name))
+    return replace(
+        blank,
+        content_id=content_id_of(files),
+        files=files,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        software=_software(),
+        resources=together((part["machine"], part["held"]) for part in parts),
+    )
 
 
 def _software() -> dict[str, str]:
