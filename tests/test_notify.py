@@ -330,6 +330,16 @@ def test_a_pipeline_that_fails_in_prepare_is_told_once(tmp_path, webhook: Webhoo
     assert (sent["status"], sent["headline"]) == ("failed", "failed in prepare")
 
 
+def test_a_tick_that_finds_nothing_new_is_told_to_nobody(tmp_path, webhook: Webhook) -> None:
+    store = Store()
+    with outcomes.job_record("micro", str(tmp_path), "kfp-4", stage="resolve", store=store) as record:
+        record["skipped"] = "nothing new since version 3"
+    page = workflow.outcome("micro", str(tmp_path), job="kfp-4", succeeded=True, store=store)
+    assert "The recovery was not started" in page
+    assert "nothing new since version 3" in page
+    assert webhook.sent == []
+
+
 def test_a_dead_webhook_changes_nothing(tmp_path, webhook: Webhook) -> None:
     store = Store()
     plan = make_run(str(tmp_path), store, passed=False)

@@ -16,6 +16,7 @@ from camopd.config import OUTPUT as OUTPUT_VARIABLE
 from camopd.errors import CamopdError, InputError, MissingError
 from camopd.kubeflow.form import OUTPUT, RECIPE
 from camopd.kubeflow.spec import Spec, inputs_of, variable_of
+from camopd.past import known
 from camopd.plan import Plan
 from camopd.recipe.parameters import FORM_FIELDS, ROLE_FIELDS
 from camopd.store import Store
@@ -90,7 +91,7 @@ class Records:
         if self.plan is None:
             return None
         for uri in self.plan.rounds[self._finished :]:
-            if self.store.manifest(layout.checkpoint_uri(uri)) is None:
+            if known(layout.checkpoint_uri(uri), self.store) is None:
                 break
             self._finished += 1
         return self._finished
