@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from camopd.config import load_recipe
+from camopd.kubeflow import checks, form
 from camopd.store import Store
 from tests.fixtures.kfp_api import KfpApi
 from tests.fixtures.s3 import S3Server
@@ -310,6 +313,21 @@ def test_a_store_that_is_out_of_reach(kfp: KfpApi, camopd: Camopd, tmp_path: Pat
     assert "cannot be checked from this machine" in said
     assert "--preflight recipe" in said
     assert camopd(*asked(kfp, recipe_file(tmp_path)))[0] == 0
+
+
+def test_a_recipe_of_the_image_is_shipped_where_sync_runs_in_the_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(form, "IN_IMAGE", str(tmp_path))
+    monkeypatch.setattr(
+        form, "SHIPPED", Path("/opt/camopd/lib/python3.11/recipes")
+    )  # beside an installed package there are none
+    monkeypatch.setattr(checks, "EXAMPLES", f"{tmp_path}/examples/")
+    spec = next(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))
+    wanted = form.wish("micro", {"output_uri": "s3://models/runs"}, spec, store=Store())
+    assert wanted.shipped
+    assert wanted.sent.student == f"{tmp_path}/examples/micro/domain"
+    assert checks.problems_of(wanted, spec) == []
 
 
 def test_the_shipped_recipes_are_those_of_the_checkout() -> None:

@@ -418,9 +418,10 @@ def test_the_command_reads_yaml_and_tells_what_it_does(site: Site, monkeypatch: 
     path.write_text(yaml.safe_dump(site.values))
     runner = CliRunner()
     dry = runner.invoke(app, ["sync", str(path), "--dry-run"])
-    assert dry.exit_code == 0, dry.output
+    assert dry.exit_code == 3, dry.output
     assert "would be created" in dry.output
     assert runner.invoke(app, ["sync", str(path)]).exit_code == 0
+    assert runner.invoke(app, ["sync", str(path), "--dry-run"]).exit_code == 0
     assert len(site.on()) == 2
     gone = runner.invoke(app, ["sync", str(path), "--remove"])
     assert gone.exit_code == 0, gone.output

@@ -83,7 +83,9 @@ def watch(
 
 def sync(
     file: Annotated[Path, typer.Argument(help="Schedules, pipeline and pools: JSON or YAML, as the chart writes it.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what differs.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell what differs; exit code 3 where something does.")
+    ] = False,
     remove: Annotated[bool, typer.Option("--remove", help="Take this owner's schedules away; before an uninstall.")] = False,
     host: HostOption = "",
 ) -> None:
@@ -100,10 +102,12 @@ def sync(
 
     if remove:
         owner, namespace = schedules.owner_of(file)
-        syncing.remove(_connected(host, namespace), owner, say=typer.echo, dry_run=dry_run)
-        return
-    wanted = schedules.read(file)
-    syncing.sync(_connected(host, wanted.namespace), wanted, store=Store(), say=typer.echo, dry_run=dry_run)
+        differs = syncing.remove(_connected(host, namespace), owner, say=typer.echo, dry_run=dry_run)
+    else:
+        wanted = schedules.read(file)
+        differs = syncing.sync(_connected(host, wanted.namespace), wanted, store=Store(), say=typer.echo, dry_run=dry_run)
+    if dry_run and differs:
+        raise typer.Exit(3)
 
 
 def _connected(host: str, namespace: str) -> Connection:

@@ -77,7 +77,7 @@ def wish(source: str, values: Mapping[str, str], spec: Spec, *, store: Store) ->
     if problems:
         raise InputError(problems)
     base = Path(read_document(source, store).base)
-    shipped = "/" not in source and base == SHIPPED
+    shipped = "/" not in source and base in (SHIPPED, Path(IN_IMAGE, SHIPPED.name))  # in a checkout, in an image
     text = recipe_text(source, dotted, home=f"{IN_IMAGE}/{SHIPPED.name}" if shipped else None, store=store)
     form |= {RECIPE: text, OUTPUT: form.get(OUTPUT, recipe.output)}
     known = {key: value for key, value in form.items() if key in FORM_FIELDS or key in ROLE_FIELDS}
