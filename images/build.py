@@ -134,7 +134,7 @@ def build(name: str, base: str, *, variant: str, engine: str) -> None:
     settings = pip_settings(listing)
     base_name, _, digest = base.partition("@")
     labels = {"version": __version__, "revision": revision(), "base.name": base_name, "base.digest": digest}
-    arguments = {"BASE": base} if name == "core" else {"BASE": base, "VARIANT": variant}
+    arguments = {"BASE": base, "REVISION": labels["revision"]} | ({} if name == "core" else {"VARIANT": variant})
     with tempfile.NamedTemporaryFile("w", suffix=".conf") as conf:
         conf.write("[global]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items()))
         conf.flush()

@@ -151,6 +151,12 @@ class Pool(Shared):
             }
         )
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """Those of its pods, and which image they run, where it is named by its digest: the records of a run keep it."""
+        digest = (self.image or "").partition("@")[2]
+        return ({"CAMOPD_IMAGE_DIGEST": digest} if digest else {}) | self.env
+
     def place(self, task: dsl.PipelineTask) -> dsl.PipelineTask:
         """Ask for this pool's machines, and never let KFP's cache answer: it looks at URIs, not at what is behind them."""
         task.set_caching_options(False)
@@ -162,7 +168,7 @@ class Pool(Shared):
             kubernetes.set_image_pull_policy(task, self.image_pull_policy)
         if self.ca_bundle:
             kubernetes.use_config_map_as_volume(task, config_map_name=self.ca_bundle.split("/")[0], mount_path=CA_FOLDER)
-        for variable, value in (trusting(self.ca_bundle, self.secrets) | self.env).items():
+        for variable, value in (trusting(self.ca_bundle, self.secrets) | self.variables).items():
             task.set_env_variable(variable, value)
         for variable, reference in self.secrets.items():  # one by one: two variables may want the same key
             secret, key = reference.split("/")
@@ -233,6 +239,7 @@ class TrainingPool(Pool):
         """The job's description, a constant of the compiled file. Text, since numbers of a STRUCT arrive as floats."""
         fields = {name: getattr(self, name) for name in JobSpec.model_fields}
         fields["image"] = self.image or TRAINER
+        fields["env"] = self.variables
         fields["node_affinity"] = self.node_affinity.as_kubernetes() if self.node_affinity else {}
         fields["tolerations"] = tuple(toleration.model_dump(exclude_none=True) for toleration in self.tolerations)
         return JobSpec(**fields).model_dump_json(exclude_defaults=True)

@@ -134,6 +134,8 @@ def test_labels_say_where_it_comes_from(image):
     assert found["source"].startswith("https://")
     commit = found["revision"].removesuffix("-dirty")
     subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=ROOT, check=True)
+    environment = json.loads(run(ENGINE, "image", "inspect", "--format", "{{json .Config.Env}}", tag_of(image)))
+    assert f"CAMOPD_GIT_SHA={found['revision']}" in environment, "what the records of a run keep"
 
 
 def test_the_shipped_recipe_runs_with_nothing_but_the_image(image, inside):

@@ -280,3 +280,14 @@ def test_a_bundle_of_certificates_is_mounted_and_named(tmp_path):
     (volume,) = pods["exec-rollout"]["configMapAsVolume"]
     assert (volume["configMapName"], volume["mountPath"]) == ("company-ca", "/etc/camopd-ca")
     assert not volume.get("optional")
+
+
+def test_pods_of_an_image_by_digest_know_which_one_they_run(tmp_path):
+    digest = f"sha256:{'0123456789abcdef' * 4}"
+    by_tag, by_digest = 'image = "registry.example/core:1"\n', f'image = "registry.example/trainer:1@{digest}"\n'
+    _, containers, _ = compiled(tmp_path, f'[cpu]\n{by_tag}[inference]\nshm = "1Gi"\n{by_digest}{NODES}{by_digest}')
+    told = {name.removeprefix("exec-"): variables(container) for name, container in containers.items()}
+    assert told["rollout"]["CAMOPD_IMAGE_DIGEST"] == told["evaluate"]["CAMOPD_IMAGE_DIGEST"] == digest
+    assert "CAMOPD_IMAGE_DIGEST" not in told["promote"], "a tag is no digest"
+    assert load_pools(tmp_path / "pools.toml").training.variables == {"CAMOPD_IMAGE_DIGEST": digest}
+    assert JobSpec.model_validate_json(load_pools(tmp_path / "pools.toml").training.job()).env["CAMOPD_IMAGE_DIGEST"] == digest
