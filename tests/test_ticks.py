@@ -22,6 +22,7 @@ from camopd.ticks import Schedule
 from camopd.tracking import NullTracker
 from tests.finished import make_evaluation, make_round
 from tests.fixtures.mlflow_server import Proxy
+from tests.test_export import finish
 from tests.test_registered import client, register
 
 MICRO = Path("examples/micro").absolute()
@@ -363,6 +364,17 @@ def test_a_schedule_follows_an_alias_and_has_one_run_in_mlflow(
     series = {name: len(client(mlflow_server).get_metric_history(schedule.info.run_id, name)) for name in schedule.data.metrics}
     assert series == {"ticks/new": 2, "ticks/skipped": 1, "ticks/gave-up": 1}
     assert {run.data.tags.get("camopd.schedule") for run in runs} == {"nightly"}
+
+
+def test_what_a_recovery_has_promoted_is_not_recovered_again(cluster: Cluster, mlflow_sqlite: str, tmp_path: Path) -> None:
+    """The alias that a schedule follows may be the one that recoveries move: it would go round for ever."""
+    earlier, model = finish(str(tmp_path / "earlier"), cluster.store, mlflow_sqlite, MICRO / "domain")
+    cluster.form |= {"student": f"models:/{model}@champion", "tracking.uri": mlflow_sqlite}
+    assert cluster.tick("job-1") == "skip"
+    assert f"is what the recovery {earlier.run_uri.rpartition('/')[2]} made" in cluster.page("job-1")
+    plan = cluster.prepare("job-2", schedule="none")  # who wants it all the same starts it by hand
+    assert plan.recipe.sources == {"student": f"models:/{model}/1"}
+    assert plan.recipe.student.endswith("/model"), "the export, whose files MLflow loads as well"
 
 
 @pytest.mark.slow

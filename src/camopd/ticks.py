@@ -67,11 +67,13 @@ class Found:
         asked: the recipe as asked for, names in a registry included.
         recipe: with places in their stead.
         content_ids: of all inputs.
+        recovery: the run that made the model, where it is a recovered one.
     """
 
     asked: Recipe
     recipe: Recipe
     content_ids: Mapping[str, str]
+    recovery: str = ""
 
     @property
     def model_id(self) -> str:
@@ -147,7 +149,8 @@ def run(schedule: Schedule, recipe: str, parameters: Mapping[str, Any], job: str
             content_ids, problems = resolve(resolved.recipe, store)
             if problems or resolved.problems:
                 raise InputError([*resolved.problems, *problems])
-            found = Found(asked, resolved.recipe, content_ids)
+            student = resolved.located.get(asked.student)
+            found = Found(asked, resolved.recipe, content_ids, student.recovery if student else "")
             verdict = tick(schedule, found, job, store)
         except CamopdError as error:
             tell("failed", status=str(error))
@@ -175,6 +178,8 @@ def tick(schedule: Schedule, found: Found, job: str, store: Store) -> Verdict:
         job: id of this pipeline run; asked again, it gets the same answer.
         store: where the records lie.
     """
+    if found.recovery:  # the alias that a schedule follows may be the one that its own recoveries move
+        return Verdict("skipped", f"skipped: {found.version} is what the recovery {found.recovery} made, so nothing is lost")
     place = _model_uri(schedule, found)
     verdict = _verdict(schedule, found, place, job, store)
     if not verdict.goes_on:

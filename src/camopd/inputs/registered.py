@@ -19,10 +19,11 @@ WHOLE = ("config.json", "tokenizer_config.json")  # of what a flavour saved as i
 
 @dataclass(frozen=True)
 class Located:
-    """Where the model lies, and ``models:/NAME/7``: which version that is."""
+    """Where the model lies, ``models:/NAME/7``: which version that is, and the recovery that made it, if one did."""
 
     uri: str
     source: str
+    recovery: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def locate(location: str, tracker: Tracker, store: Store) -> Located:
     place = place_of(version) or _readable(registry.download_uri(version.number))
     if not place:
         raise TrackingError(f"{source} keeps its files behind the tracking server, which no stage reads from; {fix}")
-    return Located(_model_folder(place, source, fix, store), source)
+    return Located(_model_folder(place, source, fix, store), source, version.tags.get("camopd.run_id", ""))
 
 
 def chosen(reference: Reference, registry: Registry) -> Version:
@@ -137,11 +138,12 @@ def _readable(source: str) -> str:
 def _model_folder(place: str, source: str, fix: str, store: Store) -> str:
     """The folder itself, or ``model/`` in an MLflow flavour's folder, where that was saved with all that belongs to it.
 
-    A flavour that was given objects keeps the tokenizer apart, in ``components/``: no folder that transformers loads.
+    What camopd promotes is both, a model folder with MLflow's file in it. A flavour that was given objects keeps the tokenizer
+    apart, in ``components/``: no folder that transformers loads.
     """
     if store.stat(join(place, FLAVOUR)) is None:
         return place
-    inner = join(place, "model")
-    if all(store.stat(join(inner, name)) is not None for name in WHOLE):
-        return inner
+    for folder in (place, join(place, "model")):
+        if all(store.stat(join(folder, name)) is not None for name in WHOLE):
+            return folder
     raise TrackingError(f"{source} is an MLflow model folder ({place}), which transformers does not load as it is; {fix}")
