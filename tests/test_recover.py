@@ -147,7 +147,11 @@ def test_a_notebook_gets_all_that_a_pipeline_leaves(tmp_path, mlflow_sqlite) -> 
     client = MlflowClient(mlflow_sqlite)
     version = client.get_model_version_by_alias("micro-recovered", "champion")
     assert (recovered.release["version"], recovered.release["status"]) == (int(version.version), "promoted")
-    assert version.source == recovered.checkpoint.as_uri()
+    assert version.source == Path(recovered.release["checkpoint_uri"]).as_uri()
+    exported, trained = (
+        Path(place) / "model.safetensors" for place in (recovered.release["checkpoint_uri"], recovered.checkpoint)
+    )
+    assert exported.read_bytes() == trained.read_bytes()
     (experiment,) = client.search_experiments(filter_string="name = 'camopd'")
     (run,) = client.search_runs([experiment.experiment_id], "tags.`camopd.run_id` != '' AND tags.`camopd.decision` = 'pass'")
     assert run.info.status == "FINISHED"

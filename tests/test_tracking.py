@@ -146,14 +146,14 @@ def test_a_run_is_followed_from_stage_to_stage(uri: str, experiment: str, plan: 
     assert parent.data.tags["camopd.reasons"] == "domain retained 0.80, below 0.95"
     assert parent.data.tags["camopd.content_id.student"] == plan.content_ids["student"]
     files = {file.path for file in client(uri).list_artifacts(parent.info.run_id)}
-    assert files == {"recipe.json", "settings.md", "report.html", "evaluation.json"}
+    assert files == {"recipe.json", "settings.md", "report.html", "evaluation.json", "ledger.json"}
 
 
 @pytest.mark.slow
 def test_a_second_sync_sends_nothing(uri: str, experiment: str, tmp_path: Path, store: Store) -> None:
     plan = make_run(str(tmp_path / "runs"), store)
     first = sync(plan.run_uri, store=store, tracker=open_tracker(uri, experiment))
-    assert len(first.sent) == 5
+    assert len(first.sent) == 6
     before = [series(uri, run) for part in runs(uri, experiment) for run in part]
     assert sync(plan.run_uri, store=store, tracker=open_tracker(uri, experiment)) == SyncResult()
     assert [series(uri, run) for part in runs(uri, experiment) for run in part] == before
@@ -314,7 +314,7 @@ def test_a_slow_server_gets_the_rest_later(mlflow_sqlite: str, experiment: str, 
     result = sync(plan.run_uri, store=store, tracker=tracker, seconds=0)
     assert result.sent == ()
     assert "is slow" in result.problem
-    assert len(sync(plan.run_uri, store=store, tracker=tracker).sent) == 5
+    assert len(sync(plan.run_uri, store=store, tracker=tracker).sent) == 6
 
 
 @pytest.mark.slow

@@ -301,8 +301,8 @@ def _round(plan: Plan, round_number: int, store: Store) -> Facts:
     # A recovery in one process leaves the checkpoint alone, and a branch without a step in the round has no scores.
     found = {stage: known(prefix, store) for stage, prefix in prefixes.items()}
     stages = {stage: done for stage, done in found.items() if done is not None}
-    written = join(layout.checkpoint_uri(uri), "steps.json")
-    steps = json.loads(store.read(written)) if store.stat(written) else []  # gone with the checkpoint: camopd gc
+    whole = store.manifest(layout.checkpoint_uri(uri)) is not None  # else camopd gc has removed it, and the steps with it
+    steps = json.loads(store.read(join(layout.checkpoint_uri(uri), "steps.json"))) if whole else []
     time_ms = _time_ms(stages["train"])
     series, nonfinite_steps, nonfinite_names = step_points(steps, time_ms=time_ms)
     numbers: dict[str, Any] = {
