@@ -26,10 +26,10 @@ seeds: $(READY)  ## The README's table: the demo's recovery over three seeds
 	$(BIN)/python benchmarks/micro_seeds.py --seeds 1 2 3
 
 test: $(READY) $(HELM)/.ready lint  ## Every test, with a real S3 server and a real MLflow server
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(READY) $(HELM)/.ready  ## The tests that need no server and take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-vllm: $(READY) $(VLLM)/.ready  ## The vLLM engine for real, on CPU, in an environment of its own (Python 3.11)
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest tests/test_vllm_*.py
