@@ -1,4 +1,4 @@
-"""docs/operations.md quotes what the program says; each quotation is looked up in the source."""
+"""docs/operations.md quotes what the program says: looked up in the source, but for two sections on clusters."""
 
 import ast
 import re
@@ -30,7 +30,7 @@ def quotations() -> list[tuple[str, str]]:
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
             section = line.removeprefix("## ")
-        elif line.startswith("| `"):
+        elif line.startswith("| `") and section not in CLUSTERS:
             found += [(section, text) for text in re.findall(r"`([^`]+)`", line.split(" | ")[0])]
     return found
 
@@ -47,7 +47,7 @@ def says(text: str) -> bool:
 
 @pytest.mark.parametrize(("section", "text"), quotations())
 def test_the_program_says_what_the_page_quotes(section, text):
-    assert says(text) or section in CLUSTERS, f"{text!r} is not in the source any more"
+    assert says(text), f"{text!r} (in {section}) is not in the source any more"
 
 
 def test_a_sentence_that_nobody_says_is_seen():
